@@ -1,0 +1,72 @@
+"""Every foreseeable failure as one exception class, and the exit code the command line gives it.
+
+A message is one sentence: what was wrong, what was expected, what to do. The verbs print that sentence and leave
+with `exit_code`; anything that is not an `RlplasticError` is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RlplasticError(Exception):
+    """Base of all errors that rlplastic foresees; exit code 1."""
+
+    exit_code = 1
+
+
+class ConfigurationError(RlplasticError):
+    """The request itself cannot be carried out: unknown name, wrong type, value out of range; exit code 2."""
+
+    exit_code = 2
+
+
+class EnvironmentContractError(ConfigurationError):
+    """An environment breaks the contract of `rlplastic.envs.base`; exit code 2."""
+
+
+class NonFiniteError(RlplasticError):
+    """A NaN or infinity appeared in an observation, reward, action, loss or parameter; exit code 3."""
+
+    exit_code = 3
+
+
+class CheckpointError(RlplasticError):
+    """A checkpoint is damaged, incomplete, or of another format version; exit code 4."""
+
+    exit_code = 4
+
+
+class CheckpointWriteError(RlplasticError):
+    """A checkpoint could not be written (full disk, lost permission); exit code 1. The previous one is untouched."""
+
+
+class SegmentMissingError(CheckpointWriteError):
+    """A segment that a new checkpoint was to share is gone or cut short; saving everything anew helps; exit code 1."""
+
+
+class LogWriteError(RlplasticError):
+    """A log could not be written (full disk, lost permission); exit code 1."""
+
+
+class Interrupted(RlplasticError):
+    """SIGINT or SIGTERM arrived; the step was finished and the run saved; exit code 130."""
+
+    exit_code = 130
+
+
+def nearest(name: str, valid: Iterable[str], count: int = 3) -> str:
+    """A hint such as ``did you mean 'hopper'?``, or the valid names when nothing is near; empty without any.
+
+    Matching ignores case, since most wrong names are right names with the wrong capitals.
+    """
+    names = sorted(set(valid))
+    if not names:
+        return ""
+    folded = {candidate.lower(): candidate for candidate in names}
+    close = [folded[key] for key in difflib.get_close_matches(name.lower(), folded, n=count, cutoff=0.5)]
+    if close:
+        return "did you mean " + " or ".join(repr(candidate) for candidate in close) + "?"
+    shown = ", ".join(names[:12])
+    return f"valid names: {shown}" + (f" and {len(names) - 12} more" if len(names) > 12 else "")
