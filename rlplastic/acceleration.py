@@ -1,0 +1,40 @@
+"""Speed switches of the learner, set once per process: threads and compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rlplastic.config import Config
+from rlplastic.errors import ConfigurationError
+
+Transform = Callable[[Any], Any]
+
+
+def apply(config: Config) -> Transform:
+    """Set the threads of this process; returns what turns a loss function into a compiled one, or leaves it.
+
+    Raises:
+        ConfigurationError: `compile=on` but nothing can be compiled here.
+    """
+    assert config.threads is not None, "resolve the configuration first"
+    torch.set_num_threads(config.threads)
+    if config.compile != "on":
+        return lambda function: function
+    _probe_compiler(config.device)
+    return lambda function: torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def _probe_compiler(device: str) -> None:
+    """Compile and run a tiny function: a broken compiler must show now, not after the random phase."""
+    try:
+        compiled = torch.compile(lambda x: torch.sin(x) + 1, dynamic=False)
+        compiled(torch.zeros(8, device=device))
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigurationError(
+            f"compile=on failed on a one-line function ({type(error).__name__}: {reason}); install a C++ compiler "
+            "or use compile=off"
+        ) from error

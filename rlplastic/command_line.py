@@ -1,0 +1,88 @@
+"""What every verb shares: reading `key=value` arguments, one-sentence errors, exit codes.
+
+Training is configured by Hydra (groups, sweeps); the smaller verbs take the same `key=value` syntax straight into a
+dataclass. Either way an unknown key, a wrong type or an unknown choice becomes a `ConfigurationError` with the nearest
+valid name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from rlplastic.errors import ConfigurationError, RlplasticError, nearest
+
+T = TypeVar("T")
+
+
+def run_verb(verb: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
+    """Call a verb and turn foreseen failures into one sentence on stderr and the documented exit code."""
+    try:
+        verb(arguments)
+    except RlplasticError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(
+            "error: interrupted at once; the last checkpoint, if any, is in place: rerun without fresh=true",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+def parse(arguments: Sequence[str], schema: type[T], verb: str) -> T:
+    """`key=value` arguments as an instance of the dataclass ``schema``.
+
+    Raises:
+        ConfigurationError: unknown key, value of the wrong type, missing required key, or not `key=value` at all.
+    """
+    from omegaconf import MISSING, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    usage = f"python -m rlplastic.{verb} " + " ".join(
+        f"{name}=…" if field.default == MISSING else f"[{name}={field.default}]" for name, field in fields.items()
+    )
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(f"usage: {usage}\n{(schema.__doc__ or '').strip()}")
+        raise SystemExit(0)
+    config = OmegaConf.structured(schema)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if not equals:
+            raise ConfigurationError(f"{argument!r} is not of the form key=value; usage: {usage}")
+        if name not in fields:
+            raise ConfigurationError(f"unknown key {name!r}, {nearest(name, fields)} usage: {usage}")
+        try:
+            OmegaConf.update(config, name, OmegaConf.from_dotlist([f"{name}={value}"])[name])
+        except OmegaConfBaseException as error:
+            raise ConfigurationError(f"{name}={value} was refused: {first_line(error)}; usage: {usage}") from error
+    missing = [name for name in fields if OmegaConf.is_missing(config, name)]
+    if missing:
+        raise ConfigurationError(f"missing {', '.join(f'{name}=…' for name in missing)}; usage: {usage}")
+    instance: T = OmegaConf.to_object(config)  # type: ignore[assignment]
+    return instance
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's own first sentence, without the key dump that OmegaConf appends."""
+    return str(error).strip().split("\n")[0].rstrip(".")
+
+
+def flatten(config: object, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as {dotted key: leaf}."""
+    if not isinstance(config, dict) or not config:
+        return {prefix: config}
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= flatten(value, f"{prefix}.{name}" if prefix else str(name))
+    return flat
+
+
+def override_key(override: str) -> str:
+    """The dotted key of a Hydra override, without its leading `+` or `~` and without `@package`."""
+    return re.sub(r"@.*$", "", override.partition("=")[0].lstrip("+~"))

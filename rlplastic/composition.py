@@ -1,0 +1,130 @@
+"""Hydra's composition of a training configuration, with one-sentence errors.
+
+`compose` is what `python -m rlplastic.train` and the library share; sweeps (`-m`) go through Hydra's own launchers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rlplastic.command_line import first_line, flatten, override_key
+from rlplastic.config import Config, register
+from rlplastic.errors import ConfigurationError, nearest
+
+CONFIG_FOLDER = Path(__file__).parent / "configs"
+INTEGRAL = re.compile(r"\d+(\.\d+)?e\+?\d+", re.IGNORECASE)
+"""`1e6`: what people type for a whole number of steps."""
+LIST_KEY = "init_what"
+"""Takes names separated by commas, which Hydra would read as a sweep."""
+FREE_KEYS = ("env.kwargs.",)
+"""Mappings whose keys are not known beforehand, so that `+` may be left out."""
+
+
+def compose(overrides: Sequence[str]) -> Config:
+    """The configuration of a run, typed, with open settings still open.
+
+    Raises:
+        ConfigurationError: not `key=value`, an unknown key or choice, or a value of the wrong type.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+
+    register()
+    for override in overrides:
+        if "=" not in override and not override.startswith("~"):
+            raise ConfigurationError(f"{override!r} is not of the form key=value; for example env=hopper")
+    refuse_unknown(overrides)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+            composed = hydra_compose("config", overrides=in_hydra_grammar(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigurationError(explain(error, overrides)) from error
+    return typed(composed)
+
+
+def typed(composed: DictConfig) -> Config:
+    """A composed configuration as a `Config`.
+
+    Raises:
+        ConfigurationError: a required value is missing.
+    """
+    try:
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigurationError(f"the configuration is incomplete: {first_line(error)}") from error
+    assert isinstance(config, Config)
+    return config
+
+
+def in_hydra_grammar(overrides: Sequence[str]) -> list[str]:
+    """The overrides as Hydra wants them: `++` before keys of free mappings, quotes around lists that are one value."""
+    plain = []
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if override.startswith(FREE_KEYS):
+            plain.append(f"++{override}")
+        elif INTEGRAL.fullmatch(value) and float(value).is_integer():
+            plain.append(f"{name}={int(float(value))}")
+        elif name == LIST_KEY and "," in value and value[:1] not in "'\"":
+            plain.append(f"{name}='{value}'")
+        else:
+            plain.append(override)
+    return plain
+
+
+def refuse_unknown(overrides: Sequence[str]) -> None:
+    """Refuse keys that no schema has, before Hydra would add them silently for a `+`.
+
+    Raises:
+        ConfigurationError: naming the nearest known key.
+    """
+    known = list(flatten(OmegaConf.to_container(OmegaConf.structured(Config)))) + list(GROUPS)
+    for override in overrides:
+        name = override_key(override)
+        if name not in known and not name.startswith((*FREE_KEYS, "hydra")) and not _is_section(name, known):
+            raise ConfigurationError(f"unknown key {name!r}; {nearest(name, known)}")
+
+
+def explain(error: Exception, overrides: Sequence[str]) -> str:
+    """One sentence for what Hydra refused: the override, the reason, the nearest valid name."""
+    text = str(error)
+    malformed = getattr(error, "override", None)
+    if malformed:
+        return f"{malformed!r} cannot be read as an override ({first_line(error)}); expected key=value"
+    missing = re.search(r"Could not find '([^'/]+)/([^']+)'", text)
+    if missing:
+        group, choice = missing.groups()
+        return f"{group}={choice} is not a choice of {group}; {nearest(choice, choices_of(group), count=4)}"
+    several = [o for o in overrides if "," in o.partition("=")[2]]
+    if several and "Ambiguous value" in text:
+        return f"{several[0]} lists several values; put -m before it to sweep over them, one run each"
+    cause = error.__cause__ or error
+    culprit = re.search(r"full_key: (\S+)", str(cause)) or re.search(r"full_key: (\S+)", text)
+    given = [o for o in overrides if culprit and override_key(o) == culprit[1]] or _quoted(text, overrides)
+    return (
+        f"{given[0] if given else 'the configuration'} was refused: {first_line(cause)}; give a value of the right type"
+    )
+
+
+def _is_section(name: str, known: Sequence[str]) -> bool:
+    return any(key.startswith(f"{name}.") for key in known)
+
+
+def _quoted(text: str, overrides: Sequence[str]) -> list[str]:
+    return [override for override in overrides if override in text]
+
+
+GROUPS = ("agent", "critic", "env", "monitor", "preset", "schedule")
+
+
+def choices_of(group: str) -> list[str]:
+    """The names that a configuration group accepts."""
+    return sorted(path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml"))

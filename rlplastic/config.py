@@ -1,0 +1,225 @@
+"""The typed schema of every setting, registered with Hydra; each field carries its sentence and its source.
+
+Sources: [F] FlashSAC, arXiv 2604.04539; [S] SAC, arXiv 1812.05905. A field that may be ``None`` is filled in by
+`rlplastic.presets.resolve` from the hardware and the environment, and the choice is printed with its reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class EnvConfig:
+    """Which task, on which backend, how many copies."""
+
+    backend: str = "envpool"
+    """`envpool`, or `gymnasium` for any registered id."""
+    task: str = "Humanoid-v5"
+    """The task's name as the family spells it (`Ant-v5`, `humanoid-run`, `G1JoystickFlatTerrain`)."""
+    family: str = "mujoco"
+    """mujoco, dmc, playground, metaworld, myosuite, classic or gymnasium: decides how `task` is looked up."""
+    num_envs: int | None = None
+    """Environments stepped together; None: chosen by the preset."""
+    threads: int | None = None
+    """Threads (envpool) that step them; None: one per core, at most one per environment."""
+    vectorization: str = "sync"
+    """gymnasium backend only: `sync` steps in this process, `async` in one process per environment."""
+    autoreset: str = "next_step"
+    """gymnasium backend only: `next_step`, `same_step` or `disabled` (then the adapter resets finished rows itself)."""
+    gamma: float = 0.99
+    """Discount published for the family: 0.99, MyoSuite 0.95, Playground 0.97 [F]."""
+    rebuild_every: int | None = None
+    """Steps per environment after which the environments are built anew, which bounds the actions that an exact resume
+    must replay; None: 20 time limits."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Passed to the backend's constructor (`env.kwargs.frame_skip=2`)."""
+
+
+@dataclass
+class AgentConfig:
+    """FlashSAC [F]; defaults are the published values unless a field says otherwise."""
+
+    name: str = "flashsac"
+    critic_width: int | None = None
+    """H of the critic; published 256."""
+    actor_width: int | None = None
+    """H of the actor; published 128."""
+    num_blocks: int = 2
+    """Residual blocks of each network."""
+    gamma: float | None = None
+    """Discount; None: the environment family's."""
+    n_step: int = 1
+    """Steps summed before bootstrapping; 1, on Isaac Lab 3 [F]."""
+    learning_rate: float = 3e-4
+    """Adam's learning rate at the first step and at the top of the cosine [F]."""
+    final_learning_rate: float = 1.5e-4
+    """Adam's learning rate at the end of the cosine [F]."""
+    target_rate: float = 0.01
+    """The target critic moves by this fraction after every update [F]."""
+    actor_every: int = 2
+    """The actor and the temperature learn on every `actor_every`-th update, the first included [F]."""
+    initial_alpha: float = 0.01
+    """Entropy temperature at the start [F]."""
+    target_std: float = 0.15
+    """The target entropy is that of a Gaussian with this deviation in every action dimension [F]."""
+    reward_scaling: bool = True
+    """Divide rewards by the running scale of the discounted return at sampling time [F]."""
+    noise_repeat_max: int = 16
+    """Exploration noise is held for k steps, k in 1..`noise_repeat_max`, P(k) ~ k^-2 [F]; 1 draws afresh every step."""
+    noise_per_env: bool = True
+    """One hold counter per environment; False is the published single counter for all [F]."""
+    backup_entropy: bool = True
+    """Put the entropy bonus into the critic's target as published [S, F]."""
+
+
+@dataclass
+class CriticConfig:
+    """How the critic represents a value."""
+
+    kind: str = "categorical"
+    """`categorical`: probabilities over fixed atoms, cross-entropy on the projected target (C51, arXiv 1707.06887)."""
+    num_atoms: int = 101
+    """Atoms on the support [F]."""
+    support: float = 5.0
+    """The support is linspace(-support, support, num_atoms) in units of the scaled return [F]."""
+    num_members: int = 2
+    """Critics in the ensemble; the smaller value is used [S, F]."""
+
+
+@dataclass
+class ReplayConfig:
+    """The replay ring."""
+
+    capacity: int | None = None
+    """Transitions kept; published 1 M on CPU simulators, 10 M on GPU simulators."""
+    minimum: int | None = None
+    """Transitions collected with uniform random actions before the first update; published 10 k and 100 k."""
+    batch_size: int | None = None
+    """Transitions per update; published 512 and 2,048."""
+    observation_dtype: str = "float32"
+    """float32, float16 or bfloat16 storage of observations; batches are always float32."""
+
+
+@dataclass
+class ScheduleConfig:
+    """What the learning-rate cosine is stretched over."""
+
+    kind: str = "budget"
+    """`budget`: the fraction of `env_steps` or `max_minutes` used; `horizon`: a planned number of critic updates."""
+    horizon: int = 1_000_000
+    """K of the published schedule, in critic updates; only read by `horizon`."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Deterministic evaluation on environments of its own."""
+
+    every: int | None = None
+    """Environment transitions between evaluations; 0: only at the end; None: a twentieth of the step budget; without
+    one 10 k, or 2,000 vector steps."""
+    episodes: int = 10
+    """Episodes per evaluation, one per environment."""
+    final_episodes: int = 20
+    """Episodes of the evaluation that ends a run."""
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept, how often."""
+
+    every: int | None = None
+    """Environment transitions between checkpoints; None: 10 k, 2,000 vector steps or a 100th of the
+    replay, whichever is most, but at least ten within a step budget."""
+    keep: int = 2
+    """Checkpoints kept; older ones are removed after a newer one is complete."""
+
+
+@dataclass
+class TrackingConfig:
+    """What is shown, how often."""
+
+    every: int | None = None
+    """Environment transitions between scalars in TensorBoard and lines in the terminal; None: 1,000, or 100 vector
+    steps."""
+    live: bool = True
+    """A live view when the output is a terminal; plain lines otherwise."""
+    video: bool = False
+    """Record one episode as MP4 after the final evaluation."""
+
+
+@dataclass
+class MonitorConfig:
+    """The plasticity monitor; `off` is the only mode built so far."""
+
+    mode: str = "off"
+
+
+@dataclass
+class PresetConfig:
+    """Which rule filled in the open settings."""
+
+    name: str = "auto"
+
+
+@dataclass
+class Config:
+    """The whole configuration of a training run."""
+
+    env: EnvConfig = field(default_factory=EnvConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    preset: PresetConfig = field(default_factory=PresetConfig)
+    seed: int = 0
+    """Everything random follows from it."""
+    replay_ratio: float | None = None
+    """Gradient updates per environment transition, whatever the number of environments; fractions are carried over."""
+    env_steps: int | None = None
+    """Stop after this many environment transitions; None: no limit on steps."""
+    max_minutes: float | None = None
+    """Stop after this many minutes of training, evaluation excluded; with neither budget given: 10 minutes."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:<index>."""
+    precision: str = "auto"
+    """float32, or bf16: products in bfloat16, all else in float32; auto: bf16 where the hardware multiplies it."""
+    compile: str = "auto"
+    """on, off, or auto: compile the update where a compiler works and the budget pays for it."""
+    threads: int | None = None
+    """Threads of the learner on a CPU; None: all cores but one, which is left to the simulation."""
+    runs: str = "runs"
+    """Folder that holds run directories."""
+    name: str | None = None
+    """Run directory's name; None: environment, agent, seed and every override."""
+    init_from: str | None = None
+    """Directory of another run whose newest checkpoint this one starts from (fine-tuning)."""
+    init_what: str = "actor,critic"
+    """What is taken from it: `actor`, `critic` (with its target and the reward statistics), `replay`."""
+    fresh: bool = False
+    """Move an existing run of this name aside and start anew."""
+    accept_machine: bool = False
+    """Resume on another machine or torch than the run began on; bits may then differ."""
+    resume: str = "exact"
+    """exact: rebuild the environments and replay their actions; fresh: start new episodes on resume."""
+
+
+def register() -> None:
+    """Make the schemas known to Hydra; calling it again changes nothing."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(name="config_schema", node=Config)
+    for group, schema in {
+        "env": EnvConfig,
+        "agent": AgentConfig,
+        "critic": CriticConfig,
+        "schedule": ScheduleConfig,
+        "monitor": MonitorConfig,
+    }.items():
+        store.store(group=group, name=f"{group}_schema", node=schema)

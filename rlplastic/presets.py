@@ -1,0 +1,343 @@
+"""From what was asked to what will run: checks every value, and fills in what is open from the hardware.
+
+Every choice is listed with its reason for the start-up banner. Choices that depend on the machine are saved with the
+run and reused on resume, so that resuming gives the same bits (`Machine`).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import platform
+import shutil
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rlplastic.config import Config
+from rlplastic.errors import ConfigurationError, nearest
+
+DEFAULT_MINUTES = 10.0
+COMPILE_PAYS_MINUTES = 3.0
+"""Compiling the update takes about a minute on two cores; shorter runs stay eager."""
+COMPILE_PAYS_STEPS = 50_000
+LARGE_GPU_GIGABYTES = 24.0
+"""From here on a GPU gets the published replay of 10 M transitions (14.7 GB for Humanoid)."""
+MACHINE_KEYS = ("device", "threads", "env.threads", "precision", "compile")
+"""Settings that belong to a machine and are chosen anew when a run is taken to another one."""
+FEW_CORES = 16
+"""Below this a CPU gets small networks and batches."""
+Setting = int | float | str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One line of the start-up banner."""
+
+    what: str
+    value: str
+    reason: str
+    warning: str = ""
+    """What a user should know beyond the reason: an earlier start of this run chose another value."""
+
+
+@dataclass
+class Machine:
+    """What was probed, once per run: saved as `machine.json`, reused on resume."""
+
+    processor: str
+    cores: int
+    torch: str
+    device: str
+    device_name: str
+    bf16_hardware: bool
+    compiler: str | None
+    device_gigabytes: float = 0.0
+    """Memory of the GPU."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The values that `resolve` chose from the probe, by dotted key."""
+
+    def differs_from(self, other: Machine) -> list[str]:
+        """What would change the bits, as `name: then -> now`; empty when a resume is exact."""
+        names = ("processor", "torch", "device_name", "bf16_hardware")
+        return [
+            f"{n}: {getattr(self, n)} -> {getattr(other, n)}" for n in names if getattr(self, n) != getattr(other, n)
+        ]
+
+
+def processor_name() -> str:
+    """The CPU's model as the kernel names it, or the architecture."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()
+
+
+def probe_machine(device: str) -> Machine:
+    """Look at the hardware.
+
+    Raises:
+        ConfigurationError: ``device`` is unknown or not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        parsed = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigurationError(f"device={device!r} is unknown; expected auto, cpu, cuda or cuda:<index>") from error
+    if parsed.type not in ("cpu", "cuda"):
+        raise ConfigurationError(f"device={device!r} is not supported; expected auto, cpu, cuda or cuda:<index>")
+    if parsed.type == "cuda" and (not torch.cuda.is_available() or (parsed.index or 0) >= torch.cuda.device_count()):
+        raise ConfigurationError(
+            f"device={device!r} is not there (torch {torch.__version__} sees {torch.cuda.device_count()} of them); "
+            "use device=cpu, or install a CUDA build of torch as the README says"
+        )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    if parsed.type == "cuda":
+        with torch.cuda.device(parsed):
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        name, gigabytes = (
+            torch.cuda.get_device_name(parsed),
+            torch.cuda.get_device_properties(parsed).total_memory / 1e9,
+        )
+    else:
+        bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        device, name, gigabytes = "cpu", "cpu", 0.0
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    return Machine(processor_name(), cores, torch.__version__, device, name, bf16, compiler, gigabytes)
+
+
+def resolve(asked: Config, machine: Machine) -> tuple[Config, list[Choice]]:
+    """A configuration without open settings, and why each was set as it is.
+
+    ``machine.settings`` of an earlier start of the same run are reused; a fresh machine's are filled in.
+
+    Raises:
+        ConfigurationError: a value is out of range or two values contradict each other.
+    """
+    config = copy.deepcopy(asked)
+    check(config)
+    if config.env_steps is None and config.max_minutes is None:
+        config.max_minutes = DEFAULT_MINUTES
+    settling = _Settling(config, machine)
+    settling.hardware()
+    settling.sizes()
+    _settle_cadences(config)
+    check(config)
+    _check_sizes(config)
+    return config, settling.choices
+
+
+class _Settling:
+    """Fills in open settings one by one and keeps the reasons."""
+
+    def __init__(self, config: Config, machine: Machine) -> None:
+        self.config, self.machine = config, machine
+        self.choices: list[Choice] = []
+        self.on_cpu = machine.device == "cpu"
+        self.kind = f"{machine.cores} CPU cores" if self.on_cpu else machine.device_name
+
+    def settle(self, key: str, value: Setting, reason: str) -> None:
+        """Fill in one open (`None` or `auto`) setting; a given one is reported as given."""
+        node, name = _locate(self.config, key)
+        warning = ""
+        if getattr(node, name) in (None, "auto"):
+            then = self.machine.settings.setdefault(key, value)
+            if then != value:
+                reason = f"as when this run began; a new run would take {value}"
+                warning = f"{key}={then}, {reason}: use fresh=true or name=… for one"
+            setattr(node, name, then)
+        else:
+            preset = self.config.preset.name
+            reason = "as asked" if preset == "auto" else f"as asked, or by preset={preset}"
+        self.choices.append(Choice(key, str(getattr(node, name)), reason, warning))
+
+    def hardware(self) -> None:
+        """Device, threads, precision, compilation."""
+        config, machine = self.config, self.machine
+        self.settle("device", machine.device, "no CUDA device is there" if self.on_cpu else machine.device_name)
+        # Two OpenMP threads that share a core with the simulator wait for each other: measured up to 15 times slower.
+        spare = f"{self.kind}, one left to the simulation" if self.on_cpu and machine.cores > 1 else self.kind
+        self.settle("threads", max(1, machine.cores - 1) if self.on_cpu else 1, spare)
+        bf16 = "bfloat16 products in hardware"
+        if machine.bf16_hardware:
+            self.settle("precision", "bf16", f"{machine.processor if self.on_cpu else machine.device_name} has {bf16}")
+        else:
+            self.settle("precision", "float32", f"no {bf16}")
+        minutes = config.max_minutes if config.max_minutes is not None else math.inf
+        if self.on_cpu and machine.compiler is None:
+            self.settle("compile", "off", "no C++ compiler found (install g++ to train faster)")
+        elif minutes < COMPILE_PAYS_MINUTES:
+            self.settle("compile", "off", f"compiling would not pay within {minutes:g} minutes")
+        elif config.env_steps is not None and config.env_steps < COMPILE_PAYS_STEPS:
+            self.settle("compile", "off", f"compiling would not pay within {config.env_steps} steps")
+        else:
+            self.settle("compile", "on", f"with {machine.compiler}" if self.on_cpu else "for the GPU")
+
+    def sizes(self) -> None:
+        """Environments, networks, replay, pace."""
+        config, machine = self.config, self.machine
+        self.settle("env.num_envs", 8 if self.on_cpu else min(1024, 32 * machine.cores), self.kind)
+        envs = config.env.num_envs or 1
+        self.settle("env.threads", min(envs, machine.cores), "one per core, at most one per environment")
+        small = self.on_cpu and machine.cores < FEW_CORES
+        network = "an update must stay cheap on few cores" if small else "published"
+        self.settle("agent.critic_width", 64 if small else 256, network)
+        self.settle("agent.actor_width", 32 if small else 128, "half the critic's, as published")
+        self.settle("agent.gamma", config.env.gamma, f"published for the {config.env.family} family")
+        self.settle("replay.batch_size", 256 if small else 2048, self.kind)
+        large = not self.on_cpu and machine.device_gigabytes >= LARGE_GPU_GIGABYTES
+        where = f"for {machine.device_gigabytes:.0f} GB of GPU memory" if not self.on_cpu else "for CPU simulators"
+        self.settle("replay.capacity", 10_000_000 if large else 1_000_000, f"published {where}" if large else where)
+        batch, capacity = config.replay.batch_size or 1, config.replay.capacity or 1
+        tenth = int(min(config.env_steps or math.inf, capacity)) // 10
+        minimum = max(min(5_000 if self.on_cpu else 100_000, tenth), min(batch, capacity))
+        self.settle("replay.minimum", minimum, "random transitions before the first update")
+        pace = "balances simulation and learning" if self.on_cpu else "two updates per vector step"
+        self.settle("replay_ratio", 0.5 if self.on_cpu else 2 / envs, pace)
+
+
+def _settle_cadences(config: Config) -> None:
+    """Cadences are no part of a run's identity, so they follow the budget of this very start."""
+    steps, envs, capacity = config.env_steps, config.env.num_envs or 1, config.replay.capacity or 1
+    if config.tracking.every is None:
+        config.tracking.every = max(1000, 100 * envs)
+    if config.evaluation.every is None:
+        config.evaluation.every = max(steps // 20, 1000) if steps is not None else max(10_000, 2_000 * envs)
+    if config.checkpoint.every is None:
+        config.checkpoint.every = max(10_000, 2_000 * envs, capacity // 100)
+        if steps is not None:
+            config.checkpoint.every = min(config.checkpoint.every, max(steps // 10, 1000))
+
+
+def _locate(config: Config, key: str) -> tuple[object, str]:
+    *path, name = key.split(".")
+    node: object = config
+    for part in path:
+        node = getattr(node, part)
+    return node, name
+
+
+POSITIVE = (
+    "env.num_envs",
+    "env.threads",
+    "env.rebuild_every",
+    "agent.critic_width",
+    "agent.actor_width",
+    "agent.num_blocks",
+    "agent.n_step",
+    "agent.learning_rate",
+    "agent.final_learning_rate",
+    "agent.actor_every",
+    "agent.initial_alpha",
+    "agent.target_std",
+    "agent.noise_repeat_max",
+    "critic.num_atoms",
+    "critic.support",
+    "critic.num_members",
+    "replay.capacity",
+    "replay.minimum",
+    "replay.batch_size",
+    "schedule.horizon",
+    "evaluation.episodes",
+    "evaluation.final_episodes",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "tracking.every",
+    "replay_ratio",
+    "env_steps",
+    "max_minutes",
+    "threads",
+)
+MOST = {
+    "threads": 1024,
+    "env.threads": 1024,
+    "env.num_envs": 100_000,
+    "agent.n_step": 1000,
+    "agent.critic_width": 16_384,
+    "agent.actor_width": 16_384,
+    "agent.num_blocks": 100,
+    "critic.num_atoms": 10_000,
+    "critic.num_members": 100,
+    "evaluation.episodes": 10_000,
+    "evaluation.final_episodes": 10_000,
+}
+"""Beyond these a typing error is likelier than an intention, and the machine would hang or run out of memory."""
+CHOICES: dict[str, tuple[str, ...]] = {
+    "env.backend": ("envpool", "gymnasium"),
+    "env.vectorization": ("sync", "async"),
+    "env.autoreset": ("next_step", "same_step", "disabled"),
+    "agent.name": ("flashsac",),
+    "critic.kind": ("categorical",),
+    "schedule.kind": ("budget", "horizon"),
+    "monitor.mode": ("off",),
+    "replay.observation_dtype": ("float32", "float16", "bfloat16"),
+    "precision": ("auto", "float32", "bf16"),
+    "compile": ("auto", "on", "off"),
+    "resume": ("exact", "fresh"),
+}
+
+
+def check(config: Config) -> None:
+    """Refuse values out of range, each with one sentence.
+
+    Raises:
+        ConfigurationError: naming the key, the value, what was expected.
+    """
+    for key in POSITIVE:
+        node, name = _locate(config, key)
+        value = getattr(node, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ConfigurationError(f"{key}={value} is out of range; expected a number above 0")
+    for key, most in MOST.items():
+        node, name = _locate(config, key)
+        value = getattr(node, name)
+        if value is not None and value > most:
+            raise ConfigurationError(f"{key}={value} is out of range; expected at most {most:,}")
+    for key, valid in CHOICES.items():
+        node, name = _locate(config, key)
+        value = getattr(node, name)
+        if value not in valid:
+            raise ConfigurationError(f"{key}={value!r} is not a choice; {nearest(str(value), valid)}")
+    for key, value in {"agent.gamma": config.agent.gamma, "env.gamma": config.env.gamma}.items():
+        if value is not None and not 0 <= value < 1:
+            raise ConfigurationError(f"{key}={value} is out of range; expected a discount in [0, 1)")
+    if not 0 < config.agent.target_rate <= 1:
+        raise ConfigurationError(f"agent.target_rate={config.agent.target_rate} is out of range; expected (0, 1]")
+    if config.critic.num_atoms < 2:
+        raise ConfigurationError(f"critic.num_atoms={config.critic.num_atoms} is too few; expected at least 2 atoms")
+    if config.seed < 0:
+        raise ConfigurationError(f"seed={config.seed} is out of range; expected a number of 0 or more")
+    if config.evaluation.every is not None and config.evaluation.every < 0:
+        raise ConfigurationError(f"evaluation.every={config.evaluation.every} is out of range; expected 0 or more")
+
+
+def _check_sizes(config: Config) -> None:
+    batch, capacity, minimum = config.replay.batch_size, config.replay.capacity, config.replay.minimum
+    assert batch is not None and capacity is not None and minimum is not None
+    if batch > capacity:
+        raise ConfigurationError(
+            f"replay.batch_size={batch} is larger than replay.capacity={capacity}; lower the one or raise the other"
+        )
+    if minimum > capacity:
+        raise ConfigurationError(
+            f"replay.minimum={minimum} is larger than replay.capacity={capacity}: learning would never start; lower it"
+        )
+
+
+def machine_from(document: dict[str, Any]) -> Machine:
+    """The inverse of ``asdict``.
+
+    Raises:
+        ConfigurationError: the document lacks a field.
+    """
+    try:
+        return Machine(**document)
+    except TypeError as error:
+        raise ConfigurationError(
+            f"machine.json of this run cannot be read ({error}); use fresh=true or another name"
+        ) from None

@@ -1,0 +1,141 @@
+"""Every way to get the command line wrong ends with one sentence and the nearest valid name."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlplastic.composition import GROUPS, choices_of, compose
+from rlplastic.errors import ConfigurationError
+from rlplastic.presets import Machine, resolve
+
+
+def machine() -> Machine:
+    return Machine("a processor", 2, "2.13.0", "cpu", "cpu", True, "/usr/bin/g++")
+
+
+MISTAKES = [
+    ("sed=3", "unknown key 'sed'; did you mean 'seed'"),
+    ("agent.gama=0.9", "did you mean 'agent.gamma'"),
+    ("env=humanod", "env=humanod is not a choice of env; did you mean 'humanoid'"),
+    ("agent=ppo", "agent=ppo is not a choice of agent; valid names: flashsac"),
+    ("monitor=full", "monitor=full is not a choice of monitor"),
+    ("preset=paper", "did you mean 'paper_"),
+    ("seed=abc", "seed=abc was refused"),
+    ("env.num_envs=2.5", "env.num_envs=2.5 was refused"),
+    ("replay_ratio=fast", "replay_ratio=fast was refused"),
+    ("max_minutes=soon", "max_minutes=soon was refused"),
+    ("humanoid", "'humanoid' is not of the form key=value"),
+    ("env={", "env={"),
+]
+
+
+@pytest.mark.parametrize(("override", "sentence"), MISTAKES)
+def test_a_mistake_in_an_override_is_explained_in_one_sentence(override: str, sentence: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        compose([override])
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+OUT_OF_RANGE = [
+    "env.num_envs=0",
+    "env.num_envs=-4",
+    "replay.capacity=0",
+    "replay.batch_size=-1",
+    "agent.critic_width=0",
+    "agent.n_step=0",
+    "agent.gamma=1.0",
+    "agent.target_rate=0",
+    "critic.num_atoms=1",
+    "seed=-1",
+    "replay_ratio=0",
+    "replay_ratio=nan",
+    "env_steps=0",
+    "max_minutes=-1",
+    "checkpoint.keep=0",
+    "evaluation.every=-5",
+    "precision=float8",
+    "compile=maybe",
+    "env.autoreset=sometimes",
+    "replay.observation_dtype=int8",
+    "resume=partly",
+]
+
+
+@pytest.mark.parametrize("override", OUT_OF_RANGE)
+def test_a_value_out_of_range_names_its_key(override: str) -> None:
+    with pytest.raises(ConfigurationError, match=override.partition("=")[0].replace(".", r"\.")):
+        resolve(compose([override]), machine())
+
+
+def test_a_batch_larger_than_the_replay_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"batch_size=512 is larger than replay\.capacity=100"):
+        resolve(compose(["replay.batch_size=512", "replay.capacity=100"]), machine())
+
+
+def test_a_minimum_that_the_replay_never_reaches_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="learning would never start"):
+        resolve(compose(["replay.minimum=5000", "replay.capacity=1000"]), machine())
+
+
+def test_environment_options_need_no_plus_sign() -> None:
+    assert compose(["env.kwargs.frame_skip=2"]).env.kwargs == {"frame_skip": 2}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_choice_of_every_group_composes(group: str) -> None:
+    names = choices_of(group)
+    assert names
+    for name in names:
+        compose([f"{group}={name}"])
+
+
+def test_published_settings_are_exactly_the_published_table() -> None:
+    for preset, expected in {
+        "paper_cpu": (1, 512, 1.0, 1_000_000, 10_000, "float32"),
+        "paper_gpu": (1024, 2048, 2 / 1024, 10_000_000, 100_000, "bf16"),
+    }.items():
+        config, _ = resolve(compose([f"preset={preset}"]), machine())
+        replay = config.replay
+        assert (
+            config.env.num_envs,
+            replay.batch_size,
+            config.replay_ratio,
+            replay.capacity,
+            replay.minimum,
+            config.precision,
+        ) == expected
+        assert (config.agent.critic_width, config.agent.actor_width, config.agent.num_blocks) == (256, 128, 2)
+        assert (config.schedule.kind, config.agent.n_step, config.agent.actor_every) == ("horizon", 1, 2)
+
+
+def test_the_command_line_wins_over_a_preset() -> None:
+    config = compose(["preset=paper_cpu", "replay.batch_size=64", "replay_ratio=2"])
+    assert (config.replay.batch_size, config.replay_ratio) == (64, 2.0)
+
+
+def test_a_family_brings_its_published_discount() -> None:
+    for override, gamma in {"env=humanoid": 0.99, "env=go1": 0.97, "env=myosuite": 0.95, "env=dog_run": 0.99}.items():
+        assert resolve(compose([override]), machine())[0].agent.gamma == gamma
+    assert resolve(compose(["env=go1", "agent.gamma=0.9"]), machine())[0].agent.gamma == 0.9
+
+
+@pytest.mark.parametrize("override", ["+agent.lerning_rate=0.5", "++envv=1", "+foo=1"])
+def test_a_plus_sign_does_not_smuggle_in_an_unknown_key(override: str) -> None:
+    with pytest.raises(ConfigurationError, match="unknown key"):
+        compose([override])
+
+
+@pytest.mark.parametrize(
+    "override", ["threads=100000", "env.num_envs=1000000000", "agent.n_step=99999", "agent.critic_width=1000000"]
+)
+def test_a_size_that_would_hang_the_machine_is_refused(override: str) -> None:
+    with pytest.raises(ConfigurationError, match="expected at most"):
+        resolve(compose([override]), machine())
+
+
+def test_whole_numbers_may_be_written_with_an_exponent() -> None:
+    assert compose(["env_steps=1e6"]).env_steps == 1_000_000
+    with pytest.raises(ConfigurationError, match="seed=1e-3 was refused"):
+        compose(["seed=1e-3"])
+    assert compose(["agent.learning_rate=1e-3"]).agent.learning_rate == 1e-3
