@@ -1,0 +1,74 @@
+"""Environments: one contract (`base`), two adapters (envpool, gymnasium), and a checker for your own.
+
+Importing this package imports no simulator.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from rlplastic.envs.base import AutoresetMode, Observation, Step, VectorEnv, step
+from rlplastic.errors import ConfigurationError, nearest
+
+if TYPE_CHECKING:
+    from rlplastic.config import EnvConfig
+
+__all__ = ["AutoresetMode", "Observation", "Step", "VectorEnv", "build_envs", "make_envs", "step"]
+
+
+def make_envs(
+    config: EnvConfig,
+    *,
+    seed: int,
+    role: Literal["train", "eval"],
+    num_envs: int | None = None,
+    rank: int = 0,
+    rebuild: int = 0,
+) -> VectorEnv:
+    """The environments that a configuration describes, with seeds that depend on all arguments.
+
+    Args:
+        config: task, backend and options.
+        seed: the run's seed.
+        role: training and evaluation environments never share a seed.
+        num_envs: overrides ``config.num_envs``.
+        rank: of this process.
+        rebuild: how often the environments were built anew before.
+
+    Raises:
+        ConfigurationError: unknown backend, family, task or option.
+        EnvironmentContractError: the task breaks the contract of `rlplastic.envs.base`.
+    """
+    from rlplastic.seeding import environment_seeds
+
+    count = config.num_envs if num_envs is None else num_envs
+    if count is None or count < 1:
+        raise ConfigurationError(f"env.num_envs={count} was given; expected a number of at least 1")
+    return build_envs(config, environment_seeds(seed, role, rank, count, rebuild))
+
+
+def build_envs(config: EnvConfig, seeds: list[int]) -> VectorEnv:
+    """One environment per construction seed; ``config.num_envs`` is not read. Errors as in `make_envs`."""
+    kwargs = {str(name): value for name, value in config.kwargs.items()}
+    if config.backend == "envpool":
+        if config.family == "gymnasium":
+            raise ConfigurationError(
+                "the family gymnasium has no envpool tasks; expected env.backend=gymnasium with it"
+            )
+        from rlplastic.envs.catalogue import resolve
+        from rlplastic.envs.envpool_adapter import EnvpoolEnv
+
+        task = resolve(config.family, config.task)
+        return EnvpoolEnv(task, len(seeds), seeds, threads=config.threads, kwargs=kwargs)
+    if config.backend != "gymnasium":
+        raise ConfigurationError(
+            f"env.backend={config.backend} is unknown; {nearest(config.backend, ('envpool', 'gymnasium'))}"
+        )
+    if config.family not in ("gymnasium", "mujoco", "classic"):
+        raise ConfigurationError(
+            f"the family {config.family} is not registered with gymnasium; expected env.backend=envpool, or mujoco, "
+            "classic or gymnasium as the family"
+        )
+    from rlplastic.envs.gymnasium_adapter import GymnasiumEnv
+
+    return GymnasiumEnv(config.task, len(seeds), seeds, config.vectorization, config.autoreset, kwargs)

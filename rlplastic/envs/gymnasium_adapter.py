@@ -1,0 +1,250 @@
+"""The contract of `rlplastic.envs.base` over gymnasium 1.x vector environments: any registered id, or a factory.
+
+All three of gymnasium's autoreset modes are accepted. ``disabled`` becomes SAME_STEP: the adapter itself resets the
+finished rows with ``reset_mask`` and hands out the final observation, so environments that reset themselves badly in
+their last step can still be used.
+"""
+
+from __future__ import annotations
+
+import atexit
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.process import BaseProcess
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlplastic.envs.base import ActionMap, Array, AutoresetMode, Observation, Step, check_actions
+from rlplastic.envs.observations import action_box, layout_of
+from rlplastic.errors import ConfigurationError, EnvironmentContractError, nearest
+
+if TYPE_CHECKING:
+    import gymnasium
+
+_Vector: TypeAlias = Any  # a SyncVectorEnv or an AsyncVectorEnv; only the latter has step_async and step_wait
+_VECTORIZATIONS = ("sync", "async")
+_AUTORESETS = ("next_step", "same_step", "disabled")
+
+
+class GymnasiumEnv:
+    """A `VectorEnv` over copies of one gymnasium environment.
+
+    Args:
+        env_id: a registered id, or ``module:Id-v0`` to import the module that registers it.
+        num_envs: environments stepped together.
+        seeds: one seed per environment, given to the first ``reset``.
+        vectorization: ``sync`` steps them in this process, ``async`` in one process each.
+        autoreset: ``next_step``, ``same_step`` or ``disabled`` (then this adapter resets finished rows).
+        kwargs: passed to ``gymnasium.make``.
+
+    Attributes:
+        terms: per observation group, the list of (term, slice of columns).
+
+    Raises:
+        ConfigurationError: unknown id or option.
+        EnvironmentContractError: observations are not flat float Boxes, or actions not one bounded Box.
+    """
+
+    def __init__(
+        self,
+        env_id: str,
+        num_envs: int,
+        seeds: list[int],
+        vectorization: str = "sync",
+        autoreset: str = "next_step",
+        kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self._build(partial(_make, env_id, dict(kwargs or {})), num_envs, seeds, vectorization, autoreset, env_id)
+
+    @classmethod
+    def from_factory(
+        cls,
+        make: Callable[[], gymnasium.Env[Any, Any]],
+        num_envs: int,
+        seeds: list[int],
+        vectorization: str = "sync",
+        autoreset: str = "next_step",
+        name: str = "custom",
+    ) -> GymnasiumEnv:
+        """Vectorise an environment of your own; ``make`` returns a new ``gymnasium.Env`` at every call."""
+        envs = cls.__new__(cls)
+        envs._build(make, num_envs, seeds, vectorization, autoreset, name)
+        return envs
+
+    def _build(
+        self,
+        make: Callable[[], gymnasium.Env[Any, Any]],
+        num_envs: int,
+        seeds: list[int],
+        vectorization: str,
+        autoreset: str,
+        name: str,
+    ) -> None:
+        import gymnasium
+        from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
+        from gymnasium.vector import AutoresetMode as GymnasiumMode
+
+        _one_of("env.vectorization", vectorization, _VECTORIZATIONS)
+        _one_of("env.autoreset", autoreset, _AUTORESETS)
+        if num_envs < 1 or len(seeds) != num_envs:
+            raise ConfigurationError(
+                f"{num_envs} environments and {len(seeds)} seeds were given; expected at least one and a seed for each"
+            )
+        # a trial copy: contract errors appear here, before any process is started
+        trial = make()
+        try:
+            self._layout = layout_of(trial.observation_space, name, max_ndim=1)
+            low, high = action_box(trial.action_space, name)
+            self._map = ActionMap(low, high)
+            self._action_dtype = trial.action_space.dtype
+            self.max_episode_steps = _time_limit(trial)
+            self.deterministic = not (trial.spec is not None and trial.spec.nondeterministic)
+        finally:
+            trial.close()
+        self.num_envs = num_envs
+        self.terms = self._layout.terms
+        self.observation_dims = self._layout.dims
+        self.action_dim = len(low)
+        self.action_low, self.action_high = self._map.low, self._map.high
+        self.autoreset = AutoresetMode.NEXT_STEP if autoreset == "next_step" else AutoresetMode.SAME_STEP
+        self.description = (
+            f"gymnasium {gymnasium.__version__} {name}, {num_envs} environments, {vectorization}, {autoreset}"
+        )
+        self._resets_itself = autoreset != "disabled"
+        self._seeds: list[int] | None = list(seeds)
+        self._is_async = vectorization == "async"
+        self._actions: Array | None = None
+        vector = AsyncVectorEnv if self._is_async else SyncVectorEnv
+        mode = {"next_step": GymnasiumMode.NEXT_STEP, "same_step": GymnasiumMode.SAME_STEP}.get(
+            autoreset, GymnasiumMode.DISABLED
+        )
+        with _stop_signals_held_back():
+            self._env: Any = vector([make] * num_envs, autoreset_mode=mode)
+            self._workers: list[BaseProcess] = list(getattr(self._env, "processes", ()))
+            self._kill_workers = partial(_kill, self._workers)
+            # Registered after multiprocessing's own hook and so called before it, which would wait for deaf workers.
+            atexit.register(self._kill_workers)
+
+    def reset(self) -> Observation:
+        """Start an episode in every environment; the first call plants the seeds, later ones continue their streams."""
+        env = self._open()
+        if self._actions is not None:
+            self.receive()
+        observation, _ = env.reset(seed=self._seeds)
+        self._seeds = None
+        return self._layout(observation)
+
+    def send(self, actions: NDArray[np.float32]) -> None:
+        """Check ``actions`` and start stepping (``sync``: the work happens in ``receive``); see `VectorEnv.send`."""
+        check_actions(actions, self.num_envs, self.action_dim)
+        env = self._open()
+        if self._actions is not None:
+            raise EnvironmentContractError("a step is already in flight; expected receive() before the next send()")
+        self._actions = self._map(actions).astype(self._action_dtype)
+        if self._is_async:
+            env.step_async(self._actions)
+
+    def receive(self) -> Step:
+        """Wait for the step that ``send`` started."""
+        env = self._open()
+        if self._actions is None:
+            raise EnvironmentContractError("no step is in flight; expected send(actions) before receive()")
+        actions, self._actions = self._actions, None
+        observation, reward, terminated, truncated, info = env.step_wait() if self._is_async else env.step(actions)
+        groups = self._layout(observation)
+        if self.autoreset is AutoresetMode.SAME_STEP:
+            done = terminated | truncated
+            if done.any():
+                info = dict(info)
+                if self._resets_itself:
+                    info["final_observation"] = self._final(info["final_obs"], done)
+                else:
+                    info["final_observation"] = groups
+                    groups = self._layout(env.reset(options={"reset_mask": done})[0])
+        return Step(groups, reward.astype(np.float32), terminated, truncated, info)
+
+    def close(self) -> None:
+        """End the processes and free the environments; calling it twice is harmless."""
+        if self._env is not None:
+            if self._is_async and self._actions is not None:
+                self._env.step_wait()
+            self._env.close()
+            self._env = None
+            atexit.unregister(self._kill_workers)
+
+    def _final(self, final_obs: Array, done: NDArray[np.bool_]) -> Observation:
+        """gymnasium's object array of single observations as groups (N, dim); rows without an end are zero."""
+        ended = list(final_obs[done])
+        stacked = (
+            {key: np.stack([one[key] for one in ended]) for key in ended[0]}
+            if isinstance(ended[0], dict)
+            else np.stack(ended)
+        )
+        groups: Observation = {}
+        for group, rows in self._layout(stacked).items():
+            groups[group] = np.zeros((self.num_envs, rows.shape[1]), np.float32)
+            groups[group][done] = rows
+        return groups
+
+    def _open(self) -> _Vector:
+        if self._env is None:
+            raise EnvironmentContractError(
+                "the environments are closed; expected an open GymnasiumEnv: build a new one"
+            )
+        return self._env
+
+
+@contextmanager
+def _stop_signals_held_back() -> Iterator[None]:
+    """Start worker processes that hear neither SIGINT nor SIGTERM, which a terminal or a scheduler sends to all.
+
+    Only the trainer answers them, with the workers' help: it finishes the step and saves. Workers inherit the mask; a
+    signal that reaches the trainer meanwhile is answered as soon as the workers stand.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _kill(workers: list[BaseProcess]) -> None:
+    for worker in workers:
+        worker.kill()
+
+
+def _make(env_id: str, kwargs: dict[str, Any]) -> gymnasium.Env[Any, Any]:
+    import gymnasium
+
+    try:
+        # gymnasium's passive checker costs a call per step; `rlplastic.envs.checker` checks more, once
+        return gymnasium.make(env_id, disable_env_checker=True, **kwargs)
+    except gymnasium.error.UnregisteredEnv as error:
+        raise ConfigurationError(f"gymnasium has no {env_id!r}; {nearest(env_id, gymnasium.registry)}") from error
+    except (ImportError, gymnasium.error.Error) as error:  # a missing package, or a version that gymnasium dropped
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigurationError(f"{env_id} cannot be made ({reason}); install what it needs or use another") from error
+    except TypeError as error:
+        raise ConfigurationError(f"{env_id} refuses the options {kwargs}: {error}") from error
+
+
+def _time_limit(env: gymnasium.Env[Any, Any]) -> int | None:
+    """Steps after which the environment truncates: its registration's, or that of a TimeLimit wrapper."""
+    if env.spec is not None and env.spec.max_episode_steps is not None:
+        return int(env.spec.max_episode_steps)
+    from gymnasium.wrappers import TimeLimit
+
+    while hasattr(env, "env"):
+        if isinstance(env, TimeLimit):
+            return int(env._max_episode_steps)
+        env = env.env
+    return None
+
+
+def _one_of(key: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise ConfigurationError(f"{key}={value} is unknown; {nearest(value, valid)}")
