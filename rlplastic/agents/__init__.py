@@ -1,0 +1,42 @@
+"""Agents: `base` is what the loop asks for; `make_agent` builds one from a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rlplastic.agents.base import Agent
+from rlplastic.agents.flashsac import FlashSAC
+from rlplastic.config import Config
+
+
+def _flashsac(
+    config: Config, observation_dims: Mapping[str, int], action_dim: int, compile: Callable[[Any], Any]
+) -> FlashSAC:
+    assert config.env.num_envs is not None, "resolve the configuration first"
+    return FlashSAC(
+        dict(observation_dims),
+        action_dim,
+        config.env.num_envs,
+        config.agent,
+        config.critic,
+        seed=config.seed,
+        planned_updates=config.schedule.horizon if config.schedule.kind == "horizon" else None,
+        device=config.device,
+        bf16=config.precision == "bf16",
+        compile=compile,
+    )
+
+
+FACTORIES: dict[str, Callable[..., Agent]] = {"flashsac": _flashsac}
+"""Agent by `agent.name`."""
+
+
+def make_agent(
+    config: Config,
+    observation_dims: Mapping[str, int],
+    action_dim: int,
+    compile: Callable[[Any], Any] = lambda function: function,
+) -> Agent:
+    """The agent that a resolved configuration names; ``compile`` is applied to its loss functions."""
+    return FACTORIES[config.agent.name](config, observation_dims, action_dim, compile)

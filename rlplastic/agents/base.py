@@ -1,0 +1,69 @@
+"""What the loop asks of an agent, and nothing more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rlplastic.envs.base import Observation, Step
+
+if TYPE_CHECKING:
+    from rlplastic.replay.sample import Batch
+
+
+class Agent(Protocol):
+    """An off-policy agent: acts on numpy observations, learns from batches on its device."""
+
+    device: torch.device
+    updates: int
+    """Critic updates done so far."""
+    reward_scale: Tensor
+    """Scalar on the device that rewards are multiplied with at sampling time."""
+    modules: dict[str, nn.Module]
+    """Named networks, for checkpoints, norms and the plasticity monitor."""
+
+    def explore(
+        self, observation: Observation, step: int, active: NDArray[np.bool_], uniform: bool
+    ) -> NDArray[np.float32]:
+        """Actions (N, A) in [-1, 1] for vector step ``step``; a pure function of state, (seed, step) and observation.
+
+        Where ``active`` (N,) is False the environment will ignore the action. ``uniform`` asks for random actions.
+        """
+        ...
+
+    def act(self, observation: Observation) -> NDArray[np.float32]:
+        """Deterministic actions (N, A): what evaluation and export use."""
+        ...
+
+    def observe(self, step: Step, valid: NDArray[np.bool_]) -> None:
+        """Take in a vector step's rewards (for reward scaling); called once per step, before any update on it."""
+        ...
+
+    def update(self, batch: Batch, budget_used: float) -> dict[str, Tensor]:
+        """One update; ``budget_used`` in [0, 1] positions learning-rate schedules. Metrics stay on the device."""
+        ...
+
+    def norms(self) -> dict[str, Tensor]:
+        """Scalars under `norm/` for the logs; empty for agents without bounded norms."""
+        ...
+
+    def initialise(self, state: dict[str, Tensor], parts: Sequence[str]) -> None:
+        """Take ``actor`` or ``critic`` from another agent's `state_dict`; everything else starts anew.
+
+        Raises:
+            RuntimeError: names or shapes differ.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything learning depends on, as flat tensors under stable names."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state_dict`, bit for bit."""
+        ...

@@ -1,0 +1,266 @@
+"""FlashSAC as the loop sees it: acting, reward statistics, updates, and exact state (arXiv 2604.04539)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rlplastic import seeding
+from rlplastic.agents.flashsac import update as steps
+from rlplastic.agents.flashsac.exploration import HeldNoise, uniform_actions
+from rlplastic.agents.flashsac.networks import Actor, Critic
+from rlplastic.agents.layers import NormBounds
+from rlplastic.agents.reward_scaling import RewardScaler
+from rlplastic.config import AgentConfig, CriticConfig
+from rlplastic.envs.base import Observation, Step
+
+if TYPE_CHECKING:
+    from rlplastic.replay.sample import Batch
+
+
+class FlashSAC:
+    """SAC with few, large updates whose weight, feature and gradient norms are bounded.
+
+    Args:
+        observation_dims: width of each observation group; the critic reads ``critic`` where there is one.
+        action_dim: action dimensions.
+        num_envs: environments that feed it (exploration noise and reward statistics are per environment).
+        agent: hyper-parameters; widths and gamma must be set.
+        critic: the value representation.
+        seed: everything random is a function of it and of step counts.
+        planned_updates: stretch the learning-rate cosine over this many critic updates (the published schedule);
+            None: over the budget, by the fraction given to `update`.
+        device: where the networks live.
+        bf16: round the inputs and outputs of the losses' trunk products to bfloat16.
+        compile: turns a loss function into a faster equal one (``torch.compile``), or leaves it.
+    """
+
+    def __init__(
+        self,
+        observation_dims: dict[str, int],
+        action_dim: int,
+        num_envs: int,
+        agent: AgentConfig,
+        critic: CriticConfig,
+        *,
+        seed: int = 0,
+        planned_updates: int | None = None,
+        device: torch.device | str = "cpu",
+        bf16: bool = False,
+        compile: Callable[[Any], Any] = lambda function: function,
+    ) -> None:
+        assert agent.critic_width and agent.actor_width and agent.gamma is not None, "resolve the configuration first"
+        self.config, self.device, self.seed = agent, torch.device(device), seed
+        self.action_dim = action_dim
+        self.updates = 0
+        self._planned_updates = planned_updates
+        self._critic_group = "critic" if "critic" in observation_dims else "policy"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seeding.key("networks", seed))
+            actor = Actor(observation_dims["policy"], action_dim, agent.actor_width, agent.num_blocks)
+            value = Critic(
+                observation_dims[self._critic_group],
+                action_dim,
+                agent.critic_width,
+                agent.num_blocks,
+                critic.num_atoms,
+                critic.support,
+                critic.num_members,
+            )
+        self.learner = self._learner(actor.to(self.device), value.to(self.device), bf16, compile)
+        self.modules: dict[str, nn.Module] = {
+            "actor": self.learner.actor,
+            "critic": self.learner.critic,
+            "target_critic": self.learner.target_critic,
+        }
+        longest = agent.noise_repeat_max
+        self._noise = HeldNoise(num_envs, action_dim, longest, agent.noise_per_env, seed)
+        self._scaler = RewardScaler(num_envs, agent.gamma, critic.support, agent.reward_scaling)
+        self.reward_scale = torch.ones((), device=self.device)
+
+    def _learner(self, actor: Actor, critic: Critic, bf16: bool, compile: Callable[[Any], Any]) -> steps.Learner:
+        config = self.config
+        actor_bounds, critic_bounds = NormBounds(actor), NormBounds(critic)
+        actor_bounds.project()
+        critic_bounds.project()
+        log_alpha = nn.Parameter(torch.tensor([config.initial_alpha], device=self.device).log())
+
+        def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+            return torch.optim.Adam(parameters, lr=config.learning_rate, fused=True)
+
+        return steps.Learner(
+            actor=actor,
+            critic=critic,
+            target_critic=copy.deepcopy(critic).requires_grad_(False),
+            log_alpha=log_alpha,
+            actor_optimizer=adam(list(actor.parameters())),
+            critic_optimizer=adam(list(critic.parameters())),
+            temperature_optimizer=adam([log_alpha]),
+            actor_bounds=actor_bounds,
+            critic_bounds=critic_bounds,
+            actor_loss=compile(steps.actor_loss),
+            critic_loss=compile(steps.critic_loss),
+            target_entropy=steps.target_entropy(self.action_dim, config.target_std),
+            target_rate=config.target_rate,
+            backup_entropy=config.backup_entropy,
+            bf16=bf16,
+        )
+
+    # Acting
+
+    @torch.no_grad()
+    def explore(
+        self, observation: Observation, step: int, active: NDArray[np.bool_], uniform: bool
+    ) -> NDArray[np.float32]:
+        """Actions with held noise, or uniform random ones; see `rlplastic.agents.base.Agent.explore`."""
+        if uniform:
+            return uniform_actions(len(active), self.action_dim, self.seed, step)
+        noise = torch.from_numpy(self._noise.at(step, active)).to(self.device)
+        mean, log_std = self.learner.actor(self._policy_input(observation))
+        actions: NDArray[np.float32] = torch.tanh(mean + log_std.exp() * noise).cpu().numpy()
+        return actions
+
+    @torch.no_grad()
+    def act(self, observation: Observation) -> NDArray[np.float32]:
+        """Deterministic actions tanh(mean), (N, A)."""
+        mean, _ = self.learner.actor(self._policy_input(observation))
+        actions: NDArray[np.float32] = torch.tanh(mean).cpu().numpy()
+        return actions
+
+    def _policy_input(self, observation: Observation) -> Tensor:
+        return torch.from_numpy(observation["policy"]).to(self.device)
+
+    # Learning
+
+    def observe(self, step: Step, valid: NDArray[np.bool_]) -> None:
+        """Take in one vector step's rewards; the scale used by the next sampled batch follows."""
+        self._scaler.observe(step.reward, step.terminated | step.truncated, valid)
+        self.reward_scale.fill_(self._scaler.scale)
+
+    def update(self, batch: Batch, budget_used: float) -> dict[str, Tensor]:
+        """One update on a batch whose rewards are already scaled; see `rlplastic.agents.flashsac.update`."""
+        rng = seeding.generator(self.device, self.seed, "update", self.updates)
+        rows = len(batch.reward)
+        inputs = steps.Inputs(
+            observation=batch.observation["policy"],
+            next_observation=batch.next_observation["policy"],
+            critic_observation=batch.observation[self._critic_group],
+            next_critic_observation=batch.next_observation[self._critic_group],
+            action=batch.action,
+            reward=batch.reward,
+            discount=batch.discount,
+        )
+
+        def noise(count: int) -> Tensor:
+            return torch.randn(count, self.action_dim, generator=rng, device=self.device)
+
+        return self.update_with(inputs, noise(2 * rows) if self.actor_is_due else None, noise(rows), budget_used)
+
+    @property
+    def actor_is_due(self) -> bool:
+        """Whether the next update moves the actor and the temperature."""
+        return self.updates % self.config.actor_every == 0
+
+    def update_with(
+        self, inputs: steps.Inputs, actor_noise: Tensor | None, target_noise: Tensor, budget_used: float
+    ) -> dict[str, Tensor]:
+        """One update with the given standard-normal noise: (2B, A) for the actor when it is due, (B, A) for a'."""
+        metrics: dict[str, Tensor] = {}
+        if actor_noise is not None:
+            rate = self._learning_rate(self.updates // self.config.actor_every, budget_used)
+            metrics |= steps.actor_step(self.learner, inputs, actor_noise, rate)
+            metrics |= steps.temperature_step(self.learner, metrics["policy/entropy"], rate)
+        rate = self._learning_rate(self.updates, budget_used)
+        metrics |= steps.critic_step(self.learner, inputs, target_noise, rate)
+        self.updates += 1
+        return metrics
+
+    def _learning_rate(self, index: int, budget_used: float) -> float:
+        """The rate of an optimizer's ``index``-th step (from 0): f(0) is the start, then half a cosine."""
+        position = budget_used
+        if self._planned_updates is not None:
+            position = max(index - 1, 0) / max(self._planned_updates - 1, 1)
+        return steps.learning_rate(position, self.config.learning_rate, self.config.final_learning_rate)
+
+    # State
+
+    def _optimizers(self) -> dict[str, tuple[torch.optim.Optimizer, list[tuple[str, nn.Parameter]]]]:
+        learner = self.learner
+        return {
+            "actor": (learner.actor_optimizer, list(learner.actor.named_parameters())),
+            "critic": (learner.critic_optimizer, list(learner.critic.named_parameters())),
+            "temperature": (learner.temperature_optimizer, [("log_alpha", learner.log_alpha)]),
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Networks, optimizers, temperature, noise, reward statistics and counters as flat CPU tensors."""
+        state = {
+            f"{name}.{entry}": value
+            for name, module in self.modules.items()
+            for entry, value in module.state_dict().items()
+        }
+        state["temperature.log_alpha"] = self.learner.log_alpha.detach()
+        for name, (optimizer, parameters) in self._optimizers().items():
+            for entry, parameter in parameters:
+                for slot, value in optimizer.state[parameter].items():
+                    state[f"optimizer.{name}.{entry}.{slot}"] = value
+        state |= {f"noise.{entry}": value for entry, value in self._noise.state_dict().items()}
+        state |= {f"reward.{entry}": value for entry, value in self._scaler.state_dict().items()}
+        state["updates"] = torch.tensor(self.updates)
+        return {name: value.detach().cpu() for name, value in state.items()}
+
+    def initialise(self, state: dict[str, Tensor], parts: Sequence[str]) -> None:
+        """Take ``actor`` (with the temperature) or ``critic`` (with its target and the reward statistics).
+
+        Raises:
+            RuntimeError: names or shapes differ.
+        """
+        if "actor" in parts:
+            self.learner.actor.load_state_dict(_part(state, "actor."))
+            with torch.no_grad():
+                self.learner.log_alpha.copy_(state["temperature.log_alpha"])
+        if "critic" in parts:
+            self.learner.critic.load_state_dict(_part(state, "critic."))
+            self.learner.target_critic.load_state_dict(_part(state, "target_critic."))
+            # The critic's values are in units of the scaled return, so the scale comes along.
+            self._scaler.load_state_dict(self._scaler.state_dict() | {"moments": state["reward.moments"]})
+            self.reward_scale.fill_(self._scaler.scale)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state_dict`, bit for bit.
+
+        Raises:
+            RuntimeError: names or shapes differ from this agent's.
+        """
+        for name, module in self.modules.items():
+            module.load_state_dict(_part(state, f"{name}."))
+        with torch.no_grad():
+            self.learner.log_alpha.copy_(state["temperature.log_alpha"])
+        for name, (optimizer, parameters) in self._optimizers().items():
+            for entry, parameter in parameters:
+                # `step` stays on the CPU for fused Adam on CPU parameters and moves with them otherwise.
+                # Without slots the optimizer has not stepped yet: an empty state makes it start there.
+                slots = _part(state, f"optimizer.{name}.{entry}.")
+                optimizer.state[parameter] = {slot: value.to(self.device).clone() for slot, value in slots.items()}
+        self._noise.load_state_dict(_part(state, "noise."))
+        self._scaler.load_state_dict(_part(state, "reward."))
+        self.reward_scale.fill_(self._scaler.scale)
+        self.updates = int(state["updates"])
+
+    def norms(self) -> dict[str, Tensor]:
+        """How far each bounded norm is from its bound, by network (0 up to rounding)."""
+        bounds = {"actor": self.learner.actor_bounds, "critic": self.learner.critic_bounds}
+        return {
+            f"norm/{name}_{kind}": value for name, bound in bounds.items() for kind, value in bound.deviations().items()
+        }
+
+
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries below ``prefix``, named by what follows it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -1,0 +1,48 @@
+"""Actor and critic of FlashSAC (arXiv 2604.04539): a norm-bounded trunk and a head each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rlplastic.agents.heads import CategoricalHead, GaussianHead
+from rlplastic.agents.layers import Trunk
+
+
+class Actor(nn.Module):
+    """Policy observations (B, D) to the mean and log standard deviation of an unsquashed Gaussian."""
+
+    def __init__(self, observation_dim: int, action_dim: int, width: int, num_blocks: int) -> None:
+        super().__init__()
+        self.trunk = Trunk(observation_dim, width, num_blocks)
+        self.head = GaussianHead(width, action_dim)
+
+    def forward(self, observation: Tensor, batch_statistics: bool = False, bf16: bool = False) -> tuple[Tensor, Tensor]:
+        """Mean (B, A) and log_std (B, A)."""
+        mean, log_std = self.head(self.trunk(observation, batch_statistics, bf16))
+        return mean, log_std
+
+
+class Critic(nn.Module):
+    """An ensemble of categorical critics as one batched module."""
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        width: int,
+        num_blocks: int,
+        num_atoms: int,
+        support: float,
+        members: int,
+    ) -> None:
+        super().__init__()
+        self.members = members
+        self.trunk = Trunk(observation_dim + action_dim, width, num_blocks, members)
+        self.head = CategoricalHead(width, num_atoms, support, members)
+
+    def forward(self, observation: Tensor, action: Tensor, batch_statistics: bool, bf16: bool = False) -> Tensor:
+        """(B, D) and (B, A) to logits (members, B, num_atoms)."""
+        x = torch.cat((observation, action), -1)
+        logits: Tensor = self.head(self.trunk(x.expand(self.members, -1, -1), batch_statistics, bf16))
+        return logits

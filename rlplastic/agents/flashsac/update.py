@@ -1,0 +1,209 @@
+"""One FlashSAC update, in the paper's order (arXiv 2604.04539): actor, temperature, critic, target.
+
+The three losses are pure functions of networks, batch and noise; everything random comes in as an argument, so that an
+update can be replayed against a recording, compiled from outside, and repeated bit for bit after a resume. The steps
+around them move parameters. No function here synchronises with the host: metrics stay tensors.
+
+Which statistics a batch norm uses in which call:
+
+=====================================  ===============  ==========================================
+call                                   network          statistics
+=====================================  ===============  ==========================================
+actor loss: pi on [s; s']              actor            batch, and updates running
+actor loss: Q(s, a)                    critic           running
+a' for the target                      actor            running
+target Q on [s; s']                    target critic    batch, and updates its own (never read)
+prediction on [s; s']                  critic           batch, and updates running
+rollout, evaluation, export            actor            running
+=====================================  ===============  ==========================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlplastic.agents.flashsac.networks import Actor, Critic
+from rlplastic.agents.heads import squashed_sample
+from rlplastic.agents.layers import NormBounds
+from rlplastic.kernels.categorical import project_categorical
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the losses read of a batch: policy observations for the actor, critic observations for the critic."""
+
+    observation: Tensor
+    next_observation: Tensor
+    critic_observation: Tensor
+    next_critic_observation: Tensor
+    action: Tensor
+    reward: Tensor
+    """Scaled, (B,)."""
+    discount: Tensor
+    """gamma^k of the k steps summed, 0 if terminated, (B,)."""
+
+
+@dataclass
+class Learner:
+    """Everything an update reads and moves."""
+
+    actor: Actor
+    critic: Critic
+    target_critic: Critic
+    log_alpha: torch.nn.Parameter
+    actor_optimizer: torch.optim.Optimizer
+    critic_optimizer: torch.optim.Optimizer
+    temperature_optimizer: torch.optim.Optimizer
+    actor_bounds: NormBounds
+    critic_bounds: NormBounds
+    actor_loss: Callable[..., tuple[Tensor, Metrics]]
+    """`actor_loss`, compiled or not."""
+    critic_loss: Callable[..., tuple[Tensor, Metrics]]
+    """`critic_loss`, compiled or not."""
+    target_entropy: float
+    target_rate: float
+    backup_entropy: bool
+    bf16: bool
+    """Round the inputs and outputs of the trunks' products to bfloat16 in the losses; acting is always float32."""
+
+    def alpha(self) -> Tensor:
+        """The entropy temperature, detached."""
+        return self.log_alpha.detach().exp()
+
+
+def actor_loss(
+    actor: Actor, critic: Critic, alpha: Tensor, inputs: Inputs, noise: Tensor, bf16: bool = False
+) -> tuple[Tensor, Metrics]:
+    """E[alpha log pi(a|s) - min Q(s, a)]; noise is (2B, A) for the joint forward on [s; s'].
+
+    The critic's parameters must not require gradients while this runs.
+    """
+    rows = inputs.observation.shape[0]
+    mean, log_std = actor(torch.cat((inputs.observation, inputs.next_observation)), True, bf16)
+    actions, log_probs = squashed_sample(mean, log_std, noise)
+    action, log_prob = actions[:rows], log_probs[:rows]
+    logits = critic(inputs.critic_observation, action, False, bf16)
+    value = critic.head.expected(logits).amin(0)
+    entropy = -log_prob.mean()
+    loss = (alpha * log_prob - value).mean()
+    metrics = {
+        "loss/actor": loss.detach(),
+        "policy/entropy": entropy.detach(),
+        "policy/action_mean": action.detach().mean(),
+        "policy/std": log_std.detach()[:rows].exp().mean(),
+        "value/q_mean": value.detach().mean(),
+    }
+    return loss, metrics
+
+
+def critic_loss(
+    actor: Actor,
+    critic: Critic,
+    target_critic: Critic,
+    alpha: Tensor,
+    inputs: Inputs,
+    noise: Tensor,
+    backup_entropy: bool = True,
+    bf16: bool = False,
+) -> tuple[Tensor, Metrics]:
+    """Cross-entropy of every member's prediction against the projected target; noise is (B, A) for a' ~ pi(s').
+
+    Both critics see [s; s'] with [a; a'] in one forward pass, so that their batch statistics cover both halves.
+    """
+    rows = inputs.observation.shape[0]
+    observations = torch.cat((inputs.critic_observation, inputs.next_critic_observation))
+    atoms, support = critic.head.atoms, critic.head.support
+    with torch.no_grad():
+        mean, log_std = actor(inputs.next_observation, False, bf16)
+        next_action, next_log_prob = squashed_sample(mean, log_std, noise)
+        actions = torch.cat((inputs.action, next_action))
+        probabilities = F.softmax(target_critic(observations, actions, True, bf16)[:, rows:], -1)
+        smaller = (probabilities * atoms).sum(-1).argmin(0)
+        probability = probabilities.gather(0, smaller.view(1, rows, 1).expand(1, -1, len(atoms)))[0]
+        bonus = -alpha * next_log_prob if backup_entropy else torch.zeros_like(next_log_prob)
+        moved = inputs.reward.unsqueeze(-1) + inputs.discount.unsqueeze(-1) * (atoms + bonus.unsqueeze(-1))
+        target = project_categorical(probability, moved, support)
+        target_mean = (probability * moved).sum(-1)
+    logits = critic(observations, actions, True, bf16)[:, :rows]
+    loss = -(target * F.log_softmax(logits, -1)).sum(-1).mean()
+    metrics = {
+        "loss/critic": loss.detach(),
+        "value/target_mean": target_mean.mean(),
+        "value/target_clipped": (target_mean.abs() > support).float().mean(),
+        "value/max_entropy_term": (-bonus).max(),
+    }
+    return loss, metrics
+
+
+def target_entropy(action_dim: int, std: float) -> float:
+    """Entropy of a Gaussian of deviation ``std`` in ``action_dim`` dimensions: A/2 log(2 pi e std^2)."""
+    return 0.5 * action_dim * math.log(2 * math.pi * math.e * std**2)
+
+
+def temperature_loss(log_alpha: Tensor, entropy: Tensor, target: float) -> Tensor:
+    """alpha (H - H_target): alpha grows while the policy's entropy is below its target."""
+    return log_alpha.exp() * (entropy - target)
+
+
+def learning_rate(position: float, start: float, end: float) -> float:
+    """Half a cosine from ``start`` to ``end`` over ``position`` in [0, 1]."""
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * min(max(position, 0.0), 1.0)))
+
+
+@torch.no_grad()
+def follow(target: Critic, critic: Critic, rate: float) -> None:
+    """Target parameters <- lerp(target, critic, rate); batch-norm buffers are not copied, nothing is re-projected."""
+    torch._foreach_lerp_(list(target.parameters()), list(critic.parameters()), rate)
+
+
+def minimise(loss: Tensor, optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """One optimizer step at learning rate ``rate``."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+
+
+def actor_step(learner: Learner, inputs: Inputs, noise: Tensor, rate: float) -> Metrics:
+    """Move the actor along its loss, with the critic frozen, and re-project it."""
+    learner.critic.requires_grad_(False)
+    loss, metrics = learner.actor_loss(learner.actor, learner.critic, learner.alpha(), inputs, noise, learner.bf16)
+    minimise(loss, learner.actor_optimizer, rate)
+    learner.critic.requires_grad_(True)
+    learner.actor_bounds.project()
+    return metrics
+
+
+def temperature_step(learner: Learner, entropy: Tensor, rate: float) -> Metrics:
+    """Move log alpha towards the target entropy; ``entropy`` is that of the actor before its step."""
+    alpha = learner.alpha()
+    loss = temperature_loss(learner.log_alpha, entropy, learner.target_entropy)
+    minimise(loss, learner.temperature_optimizer, rate)
+    return {"loss/temperature": loss.detach(), "policy/alpha": alpha}
+
+
+def critic_step(learner: Learner, inputs: Inputs, noise: Tensor, rate: float) -> Metrics:
+    """Move the critic towards the projected target, re-project it, and let the target critic follow."""
+    loss, metrics = learner.critic_loss(
+        learner.actor,
+        learner.critic,
+        learner.target_critic,
+        learner.alpha(),
+        inputs,
+        noise,
+        learner.backup_entropy,
+        learner.bf16,
+    )
+    minimise(loss, learner.critic_optimizer, rate)
+    learner.critic_bounds.project()
+    follow(learner.target_critic, learner.critic, learner.target_rate)
+    return metrics

@@ -1,0 +1,156 @@
+"""Norm-bounded building blocks of FlashSAC (arXiv 2604.04539), each usable as one network or as a batched ensemble.
+
+With ``members=None`` parameters have their plain shape and inputs are ``(B, dim)``. With ``members=N`` every parameter
+has a leading dimension N and inputs are ``(N, B, dim)``: twin critics are one module and one batched product.
+
+Whether a batch norm uses batch or running statistics is an argument of the call, not a mode of the module: the agent
+needs both on the same network within one update. So is ``bf16``, with which the products of a trunk round their inputs
+and outputs to bfloat16 (sums inside a product, statistics, the residual stream and heads stay float32).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _lead(members: int | None) -> tuple[int, ...]:
+    return () if members is None else (members,)
+
+
+class UnitLinear(nn.Module):
+    """Linear map without bias; rows are kept unit vectors by `NormBounds`, orthogonal initialisation of gain 1."""
+
+    def __init__(self, in_features: int, out_features: int, members: int | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*_lead(members), out_features, in_features))
+        with torch.no_grad():
+            for matrix in self.weight if members is not None else [self.weight]:
+                nn.init.orthogonal_(matrix)
+
+    def forward(self, x: Tensor, bf16: bool = False) -> Tensor:
+        """Map (..., B, in_features) to (..., B, out_features); ``bf16`` rounds inputs and output to bfloat16."""
+        weight: Tensor = self.weight
+        if bf16:
+            x, weight = x.bfloat16(), weight.bfloat16()
+        product = F.linear(x, weight) if weight.dim() == 2 else torch.bmm(x, weight.mT)
+        return product.float() if bf16 else product
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation (arXiv 1502.03167): biased variance normalises, unbiased enters the running statistics."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, dim: int, members: int | None = None, momentum: float = 0.01, eps: float = 1e-5) -> None:
+        super().__init__()
+        shape = (*_lead(members), dim)
+        self.momentum, self.eps = momentum, eps
+        self.gamma = nn.Parameter(torch.ones(shape))
+        self.beta = nn.Parameter(torch.zeros(shape))
+        self.register_buffer("running_mean", torch.zeros(shape))
+        self.register_buffer("running_var", torch.ones(shape))
+
+    def forward(self, x: Tensor, batch_statistics: bool) -> Tensor:
+        """Normalise (..., B, dim) over B; with ``batch_statistics`` the running statistics move towards the batch's."""
+        if batch_statistics:
+            variance, mean = torch.var_mean(x, dim=-2, correction=0)
+            with torch.no_grad():
+                rows = x.shape[-2]
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * (rows / max(rows - 1, 1)), self.momentum)
+        else:
+            mean, variance = self.running_mean, self.running_var
+        scale = self.gamma * torch.rsqrt(variance + self.eps)
+        return x * scale.unsqueeze(-2) + (self.beta - mean * scale).unsqueeze(-2)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with a learned gain (arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, members: int | None = None, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.gain = nn.Parameter(torch.ones(*_lead(members), dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale each row of (..., B, dim) to root mean square 1, then by the gain."""
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.gain.unsqueeze(-2)
+
+
+class ResidualBlock(nn.Module):
+    """Inverted bottleneck H -> 4H -> H; the second ReLU comes before the residual addition."""
+
+    def __init__(self, width: int, members: int | None = None) -> None:
+        super().__init__()
+        self.expand = UnitLinear(width, 4 * width, members)
+        self.expand_norm = BatchNorm(4 * width, members)
+        self.contract = UnitLinear(4 * width, width, members)
+        self.contract_norm = BatchNorm(width, members)
+
+    def forward(self, x: Tensor, batch_statistics: bool, bf16: bool = False) -> Tensor:
+        """(..., B, H) to (..., B, H)."""
+        hidden = F.relu(self.expand_norm(self.expand(x, bf16), batch_statistics))
+        return x + F.relu(self.contract_norm(self.contract(hidden, bf16), batch_statistics))
+
+
+class Trunk(nn.Module):
+    """Everything but the head: batch norm on the raw input, embedding, residual blocks, RMSNorm."""
+
+    def __init__(self, input_dim: int, width: int, num_blocks: int, members: int | None = None) -> None:
+        super().__init__()
+        self.input_norm = BatchNorm(input_dim, members)
+        self.embed = UnitLinear(input_dim, width, members)
+        self.blocks = nn.ModuleList(ResidualBlock(width, members) for _ in range(num_blocks))
+        self.post_norm = RMSNorm(width, members)
+
+    def forward(self, x: Tensor, batch_statistics: bool, bf16: bool = False) -> Tensor:
+        """(..., B, input_dim) to features (..., B, width)."""
+        hidden = self.embed(self.input_norm(x, batch_statistics), bf16)
+        for block in self.blocks:
+            hidden = block(hidden, batch_statistics, bf16)
+        features: Tensor = self.post_norm(hidden)
+        return features
+
+
+class NormBounds:
+    """The projection that follows every optimizer step (FlashSAC, "norm bounding").
+
+    Rows of every `UnitLinear` become unit vectors; gamma and beta of each `BatchNorm` are scaled jointly to norm
+    sqrt(dim); the gain of each `RMSNorm` to norm sqrt(dim). Other parameters (head biases) stay free.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        layers = list(module.modules())
+        self._weights = [layer.weight for layer in layers if isinstance(layer, UnitLinear)]
+        self._affine = [(layer.gamma, layer.beta) for layer in layers if isinstance(layer, BatchNorm)]
+        self._gains = [layer.gain for layer in layers if isinstance(layer, RMSNorm)]
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Project all parameters in place."""
+        rows = [torch.linalg.vector_norm(weight, dim=-1, keepdim=True) for weight in self._weights]
+        torch._foreach_clamp_min_(rows, 1e-12)
+        torch._foreach_div_(list[Tensor](self._weights), rows)
+        for gamma, beta in self._affine:
+            squares = gamma.square().sum(-1, keepdim=True) + beta.square().sum(-1, keepdim=True)
+            factor = gamma.shape[-1] ** 0.5 * torch.rsqrt(squares + 1e-8)
+            gamma.mul_(factor)
+            beta.mul_(factor)
+        for gain in self._gains:
+            gain.mul_(gain.shape[-1] ** 0.5 * torch.rsqrt(gain.square().sum(-1, keepdim=True) + 1e-8))
+
+    @torch.no_grad()
+    def deviations(self) -> dict[str, Tensor]:
+        """Largest relative distance from each bound, 0 after a projection up to rounding: for logs and tests."""
+
+        def worst(values: list[Tensor]) -> Tensor:
+            return torch.stack([(value - 1).abs().max() for value in values]).max()
+
+        return {
+            "linear_rows": worst([torch.linalg.vector_norm(weight, dim=-1) for weight in self._weights]),
+            "batch_norm": worst([((g.square() + b.square()).sum(-1) / g.shape[-1]).sqrt() for g, b in self._affine]),
+            "rms_norm": worst([gain.square().mean(-1).sqrt() for gain in self._gains]),
+        }
