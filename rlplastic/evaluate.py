@@ -1,0 +1,98 @@
+"""`python -m rlplastic.evaluate run=runs/humanoid episodes=50`: how good a trained policy is, and how sure that is."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from rlplastic.command_line import parse, run_verb
+from rlplastic.errors import ConfigurationError
+
+
+@dataclass
+class Arguments:
+    """Play whole episodes with a run's newest policy; prints the result and writes <run>/evaluation.json.
+
+    run: run directory; episodes: how many, one per environment; seed: of the environments, the run's own if left out;
+    video: also record one episode to <run>/videos/; device: cpu, cuda or cuda:<index>.
+    """
+
+    run: str = MISSING
+    episodes: int = 50
+    seed: int | None = None
+    video: bool = False
+    device: str = "cpu"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Evaluate, print, write.
+
+    Raises:
+        ConfigurationError: wrong arguments, no such run, no checkpoint, or an unwritable run directory.
+        CheckpointError: every checkpoint is damaged.
+        NonFiniteError: a return or an action is not finite.
+    """
+    options = parse(arguments, Arguments, "evaluate")
+
+    from rich.console import Console
+
+    from rlplastic.evaluation import evaluate
+    from rlplastic.policy import load_policy
+
+    run, console = Path(options.run), Console(highlight=False)
+    policy = load_policy(run, options.device, warn=lambda sentence: print(f"warning: {sentence}", file=sys.stderr))
+    seed = policy.config.seed if options.seed is None else options.seed
+    with console.status(f"playing {options.episodes} episodes of {policy.env.task}"):
+        # index 0: starting states that no evaluation during training has seen
+        result = evaluate(policy.act, policy.env, seed=seed, episodes=options.episodes)
+    low, high = result.ci95
+    spread = f"95 % interval {low:.5g} to {high:.5g}" if options.episodes > 1 else "one episode, so no interval"
+    print(f"{policy.env.task} after {policy.step:,} steps, {options.episodes} episodes, seed {seed}")
+    print(f"  return   {result.mean:.5g} ({spread}), std {result.std:.5g}, ", end="")
+    print(f"min {result.returns.min():.5g}, max {result.returns.max():.5g}")
+    print(f"  length   {result.lengths.mean():.0f} steps, {result.terminated.mean():.0%} ended before the time limit")
+    report = {
+        "task": policy.env.task,
+        "step": policy.step,
+        "seed": seed,
+        "episodes": options.episodes,
+        "mean": result.mean,
+        "ci95": [low, high],
+        "std": result.std,
+        "min": float(result.returns.min()),
+        "max": float(result.returns.max()),
+        "returns": result.returns.tolist(),
+        "lengths": result.lengths.tolist(),
+        "terminated": result.terminated.tolist(),
+    }
+    _write(run / "evaluation.json", report)
+    print(f"  written to {run / 'evaluation.json'}")
+    if options.video:
+        from rlplastic.video import record
+
+        path = run / "videos" / f"step_{policy.step:012d}.mp4"
+        with console.status("recording an episode"):
+            reason = record(policy.act, policy.env, path, seed=seed)
+        print(f"  no video: {reason}" if reason else f"  video at {path}")
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    from rlplastic.run_directory import write_atomically
+
+    try:
+        write_atomically(path, json.dumps(report, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path} cannot be written ({error.strerror or error}); expected a writable run directory: mend the "
+            "permission"
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(run_verb(main, sys.argv[1:]))

@@ -1,0 +1,135 @@
+"""The one training loop: act -> step -> update -> store -> log -> evaluate -> checkpoint.
+
+One turn is one step of the whole vector of environments. The simulation runs while the learner learns: actions are
+sent, the previous answer is stored and the updates that are owed are done, then the answer is received. So the policy
+that acts is the one from before those updates: a lag of one vector step, the same in every run, so that equal seeds
+give equal bits.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+
+from rlplastic.errors import CheckpointWriteError, Interrupted, LogWriteError, NonFiniteError
+from rlplastic.reporting import Reporter
+from rlplastic.session import Session
+
+
+def train(session: Session, reporter: Reporter) -> None:
+    """Train until the budget is spent, then evaluate and save.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM arrived; the step was finished and the run saved.
+        NonFiniteError: a NaN or infinity appeared; the last good checkpoint is untouched.
+        CheckpointWriteError: the last checkpoint could not be written.
+    """
+    session.watch.start()
+    with stop_signals() as stop:
+        while not session.budget.spent(session.progress):
+            added = advance(session)
+            after(session, reporter, added)
+            if stop.is_set():
+                reporter.save()
+                again = "without fresh=true" if session.config.fresh else "the same command"
+                raise Interrupted(
+                    f"interrupted at step {session.progress.transitions} and saved; rerun {again} to resume"
+                )
+        if reporter.unlogged:
+            reporter.log()
+        # The final evaluation takes a while: a run killed meanwhile must not lose its last stretch.
+        save_or_warn(reporter)
+        reporter.evaluate(session.config.evaluation.final_episodes)
+        reporter.save(finished=True)
+
+
+def advance(session: Session) -> int:
+    """One vector step and the updates that are due; returns the transitions it added."""
+    agent, progress, watch = session.agent, session.progress, session.watch
+    started = watch.elapsed
+    uniform = progress.transitions < session.uniform_until
+    action = agent.explore(session.observation, progress.vector_steps, session.episodes.active, uniform)
+    try:
+        session.envs.send(action)
+    except NonFiniteError as error:
+        session.guard.stop("action", str(error), {"action": torch.from_numpy(action)})
+    watch.lap("act")
+
+    session.store_received()
+    watch.lap("store")
+
+    budget_used = session.budget.used(progress)
+    for _ in range(session.replay_ratio.due(progress)):
+        batch = session.sampler.sample(agent.updates, agent.reward_scale)
+        metrics = agent.update(batch, budget_used)
+        session.guard.check_update(metrics, batch, agent.updates)
+        session.metrics.add(metrics)
+    watch.lap("learn")
+
+    step = session.envs.receive()
+    watch.lap("env")
+
+    session.guard.check_step(step, action)
+    valid = session.episodes.observe(step)
+    session.received = action, step, valid
+    session.observation = step.observation
+    added = int(valid.sum())
+    progress.vector_steps += 1
+    session.replay_ratio.accrue(progress, added)
+    if session.rebuild_is_due:
+        session.rebuild()
+    watch.lap("store")
+    progress.train_seconds += watch.elapsed - started
+    return added
+
+
+def after(session: Session, reporter: Reporter, added: int) -> None:
+    """What happens between turns, each at its own cadence in environment transitions; none of it changes the run.
+
+    The checkpoint comes last: it must not promise a log or an evaluation that was not written yet.
+    """
+    config, progress, watch = session.config, session.progress, session.watch
+    assert config.evaluation.every is not None and config.tracking.every and config.checkpoint.every, "resolve first"
+    if progress.crossed(config.evaluation.every, added) and not session.budget.spent(progress):
+        reporter.evaluate(config.evaluation.episodes)
+    started = watch.elapsed
+    if progress.crossed(config.tracking.every, added):
+        reporter.log()
+    if progress.crossed(config.checkpoint.every, added):
+        save_or_warn(reporter)
+    progress.train_seconds += watch.elapsed - started
+
+
+def save_or_warn(reporter: Reporter) -> None:
+    """A checkpoint, or a warning: training goes on, since a later save may succeed and stopping would lose more."""
+    try:
+        reporter.save()
+    except (CheckpointWriteError, LogWriteError) as error:
+        reporter.view.warn(str(error))
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set; a second signal acts as usual. Only the main thread can listen."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        event.set()
+        signal.signal(number, previous[signal.Signals(number)])
+
+    for number in previous:
+        signal.signal(number, remember)
+    try:
+        yield event
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,149 @@
+"""A trained policy back from its run directory: the actor of the newest good checkpoint, and nothing else.
+
+Neither an environment nor an agent is built: the sizes of the network are those of the saved tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from rlplastic.agents.flashsac.networks import Actor
+from rlplastic.checkpoint import CheckpointStore
+from rlplastic.config import Config, EnvConfig
+from rlplastic.envs.base import Observation
+from rlplastic.errors import CheckpointError, ConfigurationError, nearest
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy to act with; made by `load_policy`.
+
+    actor: the network; config: the run's resolved configuration; step: environment transitions it was trained on.
+    """
+
+    actor: Actor
+    config: Config
+    step: int
+    device: torch.device
+
+    @property
+    def env(self) -> EnvConfig:
+        """The task it was trained on."""
+        return self.config.env
+
+    @property
+    def observation_dim(self) -> int:
+        """Width of the observations it reads."""
+        return self.actor.trunk.embed.weight.shape[-1]
+
+    @torch.no_grad()
+    def act(self, observation: Observation) -> NDArray[np.float32]:
+        """Deterministic actions tanh(mean), (N, A) in [-1, 1], of the observation group ``policy`` (N, D), float32.
+
+        Raises:
+            ConfigurationError: the observation has another width than in training.
+        """
+        if not isinstance(observation, dict) or "policy" not in observation:
+            raise ConfigurationError(
+                f"the policy was given a {type(observation).__name__} without the group 'policy'; expected "
+                "a dictionary such as {'policy': array of shape (N, D)}"
+            )
+        rows = np.asarray(observation["policy"], np.float32)
+        if rows.ndim != 2 or rows.shape[1] != self.observation_dim:
+            raise ConfigurationError(
+                f"the policy was given observations of shape {rows.shape}; expected (N, {self.observation_dim}) as in "
+                "its training: use the run's own task and options"
+            )
+        mean, _ = self.actor(torch.from_numpy(rows).to(self.device))
+        actions: NDArray[np.float32] = torch.tanh(mean).cpu().numpy()
+        return actions
+
+
+def load_policy(
+    run: str | Path, device: torch.device | str = "cpu", warn: Callable[[str], None] = lambda sentence: None
+) -> Policy:
+    """The policy of a run directory, from its newest good checkpoint.
+
+    Args:
+        run: the directory, such as ``runs/humanoid``.
+        device: where the network is put.
+        warn: called with a sentence for each damaged checkpoint that was passed over.
+
+    Raises:
+        ConfigurationError: no such run, no checkpoint in it yet, or no such device.
+        CheckpointError: every checkpoint is damaged, or holds no FlashSAC actor.
+    """
+    path = Path(run)
+    config = read_config(path)
+    place = _checked(device)
+    loaded = CheckpointStore(path / "checkpoints", keep=1, warn=warn).newest(segments=False)
+    if loaded is None:
+        raise ConfigurationError(
+            f"{path} has no checkpoint yet; expected one in {path / 'checkpoints'}: let the run save one first"
+        )
+    actor = _actor(loaded.tensors("agent"), loaded.path)
+    return Policy(actor.to(place).requires_grad_(False), config, loaded.step, place)
+
+
+def read_config(run: Path) -> Config:
+    """The resolved configuration of a run directory.
+
+    Raises:
+        ConfigurationError: there is no such run, or its configuration cannot be read.
+    """
+    file = run / "config.yaml"
+    if not file.is_file():
+        siblings = [entry.name for entry in run.parent.glob("*") if (entry / "config.yaml").is_file()]
+        what = "holds no config.yaml" if run.is_dir() else "does not exist"
+        raise ConfigurationError(
+            f"run={run} {what}; expected a run directory as made by rlplastic.train"
+            + (f"; {nearest(run.name, siblings)}" if siblings else "")
+        )
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(file)))
+    except Exception as error:  # the YAML reader's own exceptions have no common base with OmegaConf's
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(
+            f"{file} cannot be read ({reason}); expected the configuration that this version of rlplastic writes"
+        ) from error
+    assert isinstance(config, Config)
+    return config
+
+
+def _actor(tensors: Mapping[str, Tensor], path: Path) -> Actor:
+    """The actor among an agent's tensors, named as in its ``state_dict``."""
+    state = {name.removeprefix("actor."): value for name, value in tensors.items() if name.startswith("actor.")}
+    try:
+        width, observation_dim = state["trunk.embed.weight"].shape
+        action_dim = len(state["head.mean_bias"])
+        blocks = {name.split(".")[2] for name in state if name.startswith("trunk.blocks.")}
+        # building draws initial weights; the caller's random stream must not notice
+        with torch.random.fork_rng(devices=[]):
+            actor = Actor(observation_dim, action_dim, width, len(blocks))
+        actor.load_state_dict(state)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} holds no FlashSAC actor ({' '.join(str(error).split())[:200]}); "
+            "expected a run of agent=flashsac written by this version"
+        ) from error
+    return actor
+
+
+def _checked(device: torch.device | str) -> torch.device:
+    try:
+        place = torch.device(device)
+        torch.zeros(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise ConfigurationError(
+            f"device={device} cannot be used ({reason}); expected cpu, cuda or cuda:<index>"
+        ) from error
+    return place

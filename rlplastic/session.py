@@ -1,0 +1,297 @@
+"""Everything a training run holds, built in one place; saving it, and continuing it bit for bit.
+
+A simulator's state cannot be saved. An exact resume therefore builds the environments from their construction seeds,
+steps them through the logged actions since, and compares the last observations bit for bit. `EnvConfig.rebuild_every`
+bounds how many steps that can be.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlplastic.agents.base import Agent
+from rlplastic.checkpoint import CheckpointStore, Loaded, SegmentReference
+from rlplastic.config import Config
+from rlplastic.envs import make_envs
+from rlplastic.envs.base import Observation, Step, VectorEnv, step
+from rlplastic.envs.episodes import EpisodeStatistics
+from rlplastic.errors import ConfigurationError, NonFiniteError, SegmentMissingError
+from rlplastic.guards import Guard
+from rlplastic.progress import Budget, MetricMeans, Progress, ReplayRatio, Stopwatch
+from rlplastic.replay.ring import ReplayRing
+from rlplastic.replay.sample import Sampler
+from rlplastic.run_directory import RunDirectory
+
+MAX_SEGMENTS = 128
+"""Segments a checkpoint may list before the whole replay is written anew as one."""
+TIME_LIMITS_BETWEEN_REBUILDS = 20
+DEFAULT_TIME_LIMIT = 1000
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A saved piece of the replay: where it lies, and what it holds."""
+
+    reference: SegmentReference
+    stop: NDArray[np.int64]
+    """(N,), the row of each column after its last one."""
+    builds: int
+    """The environments' build whose actions it holds."""
+
+
+@dataclass
+class Session:
+    """The parts of a run; `rlplastic.loop.train` moves them."""
+
+    config: Config
+    directory: RunDirectory
+    store: CheckpointStore
+    envs: VectorEnv
+    agent: Agent
+    replay: ReplayRing
+    sampler: Sampler
+    episodes: EpisodeStatistics
+    guard: Guard
+    budget: Budget
+    replay_ratio: ReplayRatio
+    progress: Progress
+    observation: Observation
+    """What the environments returned last."""
+    uniform_until: int
+    """Transitions collected with uniform random actions."""
+    metrics: MetricMeans = field(default_factory=MetricMeans)
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    actions: list[NDArray[np.float32]] = field(default_factory=list)
+    """Every vector of actions since the environments were built."""
+    received: tuple[NDArray[np.float32], Step, NDArray[np.bool_]] | None = None
+    """The newest actions, answer and (N,) validity, until they are stored: that can wait for the next simulation."""
+    _segments: tuple[Segment, ...] = ()
+    _saved_actions: int = 0
+
+    # Environments
+
+    @property
+    def rebuild_is_due(self) -> bool:
+        """Whether the environments have been stepped as long as the configuration allows."""
+        every = self.config.env.rebuild_every
+        if every is None:
+            every = TIME_LIMITS_BETWEEN_REBUILDS * (self.envs.max_episode_steps or DEFAULT_TIME_LIMIT)
+        return self.progress.vector_steps - self.progress.built_at >= every
+
+    def store_received(self) -> None:
+        """Put the newest answer into reward statistics, replay and the log of actions."""
+        if self.received is None:
+            return
+        action, answer, valid = self.received
+        self.agent.observe(answer, valid)
+        self.replay.add(action, answer, valid)
+        self.actions.append(action)
+        self.received = None
+
+    def rebuild(self) -> None:
+        """Build the environments anew with the next seeds and start episodes; unfinished ones are dropped."""
+        self.store_received()
+        self.envs.close()
+        self.progress.builds += 1
+        self.progress.built_at = self.progress.vector_steps
+        self.envs = make_envs(self.config.env, seed=self.config.seed, role="train", rebuild=self.progress.builds)
+        self.observation = self.envs.reset()
+        self.guard.check_observation(self.observation)
+        self.episodes.restart()
+        self.replay.begin(self.observation)
+        self.actions, self._saved_actions = [], 0
+
+    # Saving
+
+    def save(self, log_lengths: dict[str, int], finished: bool = False) -> None:
+        """Write a checkpoint of everything; the run is not altered by it.
+
+        Raises:
+            CheckpointWriteError: the disk is full or a permission is lost; earlier checkpoints are untouched.
+            NonFiniteError: a parameter is not finite; nothing was written.
+        """
+        self.store_received()
+        try:
+            self._save(self._live_segments(), log_lengths, finished)
+        except SegmentMissingError:
+            self._save((), log_lengths, finished)
+
+    def _live_segments(self) -> tuple[Segment, ...]:
+        """Segments that still hold a row of the ring or an action since the last build; none if there are too many."""
+        oldest = self.replay.written - (self.replay.num_slots - 1)
+        builds = self.progress.builds
+        live = tuple(s for s in self._segments if (s.stop > oldest).any() or s.builds == builds)
+        return live if len(live) < MAX_SEGMENTS else ()
+
+    def _save(self, kept: tuple[Segment, ...], log_lengths: dict[str, int], finished: bool) -> None:
+        stop = self.replay.written.copy()
+        rows, first_action = (kept[-1].stop, self._saved_actions) if kept else (np.zeros_like(stop), 0)
+        segment = {f"replay.{name}": tensor for name, tensor in self.replay.export_rows(rows, stop).items()}
+        segment |= {"actions": _stacked(self.actions[first_action:], self.envs)}
+        segment |= {"first_action": torch.tensor(first_action), "builds": torch.tensor(self.progress.builds)}
+        arrays = {f"episodes.{name}": torch.from_numpy(np.asarray(a)) for name, a in self.episodes.state_dict().items()}
+        arrays |= {f"observation.{group}": torch.from_numpy(array) for group, array in self.observation.items()}
+        try:
+            checkpoint = self.store.save(
+                self.progress.transitions,
+                tensors={
+                    "agent": self.agent.state_dict(),
+                    "replay_head": self.replay.export_head(),
+                    "loop": arrays | {f"metrics.{name}": tensor for name, tensor in self.metrics.state_dict().items()},
+                },
+                documents={"progress": asdict(self.progress), "logs": log_lengths, "finished": finished},
+                new_segments=[segment],
+                kept_segments=[old.reference for old in kept],
+                check_finite=("agent",),
+            )
+        except NonFiniteError as error:
+            self.guard.stop("the learner's state", str(error))
+        self._segments = (*kept, Segment(checkpoint.segments[-1], stop, self.progress.builds))
+        self._saved_actions = len(self.actions)
+
+    # Resuming
+
+    def restore(self, loaded: Loaded, tell: Callable[[str], None], track: Callable[[Any, str], Iterable[Any]]) -> str:
+        """Continue from a checkpoint; returns how, for the banner.
+
+        Args:
+            loaded: the checkpoint.
+            tell: prints a warning.
+            track: wraps an iterable in a progress bar.
+
+        Raises:
+            CheckpointError: the checkpoint does not fit this configuration.
+        """
+        for name, value in loaded.documents["progress"].items():
+            setattr(self.progress, name, value)
+        self.agent.load_state_dict(loaded.tensors("agent"))
+        replay = self.replay
+        replay.clear()
+        actions: dict[int, NDArray[np.float32]] = {}
+        segments = []
+        for reference, segment in zip(loaded.segment_references, loaded.segments(), strict=True):
+            replay.import_rows(part(segment, "replay."))
+            builds, first = int(segment["builds"]), int(segment["first_action"])
+            segments.append(Segment(reference, segment["replay.stop"].numpy(), builds))
+            if builds == self.progress.builds:
+                actions |= {first + offset: array for offset, array in enumerate(segment["actions"].numpy())}
+        replay.import_head(loaded.tensors("replay_head"))
+        loop = loaded.tensors("loop")
+        self.episodes.load_state_dict({name: value.numpy() for name, value in part(loop, "episodes.").items()})
+        self.metrics.load_state_dict(part(loop, "metrics."), self.agent.device)
+        self.actions = [actions[index] for index in sorted(actions)]
+        self._segments, self._saved_actions = tuple(segments), len(self.actions)
+        saved = {group: value.numpy() for group, value in part(loop, "observation.").items()}
+        return self._continue_environments(saved, tell, track)
+
+    def _continue_environments(
+        self, saved: Observation, tell: Callable[[str], None], track: Callable[[Any, str], Iterable[Any]]
+    ) -> str:
+        expected = self.progress.vector_steps - self.progress.built_at
+        reason = ""
+        if self.config.resume == "fresh":
+            reason = "resume=fresh was asked for"
+        elif not self.envs.deterministic:
+            reason = "the environments are not deterministic"
+        elif len(self.actions) != expected:
+            reason = f"{len(self.actions)} of {expected} actions are logged"
+        else:
+            self.envs.close()
+            self.envs = make_envs(self.config.env, seed=self.config.seed, role="train", rebuild=self.progress.builds)
+            self.observation = self.envs.reset()
+            for action in track(self.actions, "replaying actions"):
+                self.observation = step(self.envs, action).observation
+            if all(np.array_equal(self.observation[group], array) for group, array in saved.items()):
+                return f"exact: {expected} vector steps replayed, last observations equal bit for bit"
+            reason = "the replayed environments ended in other observations than the saved ones"
+        tell(f"this resume is not exact: {reason}; fresh episodes are started")
+        self.rebuild()
+        return f"fresh episodes, since {reason}"
+
+
+def _stacked(actions: list[NDArray[np.float32]], envs: VectorEnv) -> Tensor:
+    if not actions:
+        return torch.zeros(0, envs.num_envs, envs.action_dim)
+    return torch.from_numpy(np.stack(actions))
+
+
+def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with ``prefix``, named by what follows it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def named_parts(what: str) -> list[str]:
+    """The names in a list separated by commas."""
+    return [name.strip() for name in what.split(",")]
+
+
+def build(config: Config, directory: RunDirectory, make_agent: Callable[..., Agent], store: CheckpointStore) -> Session:
+    """A new session at step 0, environments reset.
+
+    Raises:
+        ConfigurationError: the task is unknown, or the replay does not fit into memory.
+    """
+    envs = make_envs(config.env, seed=config.seed, role="train")
+    try:
+        return _build(copy.deepcopy(config), directory, make_agent, store, envs)
+    except BaseException:
+        envs.close()
+        raise
+
+
+def _build(
+    config: Config, directory: RunDirectory, make_agent: Callable[..., Agent], store: CheckpointStore, envs: VectorEnv
+) -> Session:
+    settings = config.replay
+    assert settings.capacity and settings.batch_size and settings.minimum and config.replay_ratio
+    assert config.agent.gamma is not None
+    replay = ReplayRing(
+        settings.capacity,
+        envs.num_envs,
+        envs.observation_dims,
+        envs.action_dim,
+        envs.autoreset,
+        settings.observation_dtype,
+        config.device,
+    )
+    sampler = Sampler(replay, settings.batch_size, config.agent.n_step, config.agent.gamma, config.seed)
+    try:
+        agent = make_agent(config, envs.observation_dims, envs.action_dim)
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error):
+            raise
+        raise ConfigurationError(
+            f"the networks do not fit into memory ({str(error).splitlines()[0]}); lower agent.critic_width, "
+            "agent.actor_width or agent.num_blocks"
+        ) from error
+    taken = named_parts(config.init_what) if config.init_from is not None else []
+    minimum = 0 if "replay" in taken else settings.minimum
+    progress = Progress()
+    guard = Guard(directory.path, replay, progress)
+    observation = envs.reset()
+    guard.check_observation(observation)
+    replay.begin(observation)
+    return Session(
+        config=config,
+        directory=directory,
+        store=store,
+        envs=envs,
+        agent=agent,
+        replay=replay,
+        sampler=sampler,
+        episodes=EpisodeStatistics(envs.num_envs, envs.autoreset),
+        guard=guard,
+        budget=Budget(config.env_steps, config.max_minutes),
+        replay_ratio=ReplayRatio(config.replay_ratio, minimum),
+        progress=progress,
+        observation=observation,
+        uniform_until=0 if "actor" in taken else minimum,
+    )

@@ -1,0 +1,275 @@
+"""What a run leaves behind for people: TensorBoard events, ``eval.csv`` and ``timing.csv`` in its directory.
+
+``eval.csv`` and the events describe the run and are cut back to the checkpoint on resume (`rlplastic.run_directory`):
+an interrupted run and an uninterrupted one leave the same evaluation rows, bit for bit. ``timing.csv`` describes the
+attempts and keeps all of them. Nothing here reads the clock for its rows; TensorBoard stamps its own events.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlplastic.errors import ConfigurationError, LogWriteError
+
+SECTIONS = {
+    "env": "waiting for the simulator",
+    "act": "choosing and sending actions",
+    "learn": "sampling batches and updating on them",
+    "store": "checking what came back and putting it into replay",
+    "log": "writing logs",
+    "evaluate": "evaluating the policy",
+    "checkpoint": "saving checkpoints",
+}
+"""What a run spends its time on; the fractions of these sections add up to 1."""
+
+SCALARS: dict[str, str] = {
+    "train/return": "Mean undiscounted return of the training episodes that ended lately, exploration included.",
+    "train/length": "Mean length of those episodes, in environment steps.",
+    "train/budget_used": "Used fraction of the budget that is nearer to its end.",
+    "train/replay_ratio": "Gradient updates per environment transition that the run is paced at.",
+    "eval/return_mean": "Mean undiscounted return of the deterministic policy over one evaluation's episodes.",
+    "eval/return_ci95": "Half the width of the 95 % confidence interval of that mean.",
+    "loss/critic": "Loss of the critics, mean over the ensemble and the batch (categorical: cross-entropy in nats).",
+    "loss/actor": "alpha * log pi - Q, mean over the batch, in units of the scaled return.",
+    "loss/temperature": "Loss of the entropy temperature; its sign says which way alpha moves.",
+    "policy/entropy": "Estimated entropy of the squashed policy, in nats, all action dimensions together.",
+    "policy/alpha": "Entropy temperature.",
+    "policy/std": "Mean standard deviation of the Gaussian before squashing.",
+    "policy/action_mean": "Mean action in [-1, 1]; near -1 or 1 the policy is saturated.",
+    "value/q_mean": "Mean value of the policy's actions, the smaller of the critics, in units of the scaled return.",
+    "value/target_mean": "Mean of the critics' targets, in the same units.",
+    "value/target_clipped": "Fraction of targets whose mean lies outside the critics' support.",
+    "value/max_entropy_term": "Largest alpha log pi that was subtracted from a target, in the same units.",
+    "replay/reward_scale": "What rewards are multiplied by before they enter a target.",
+    "replay/transitions": "Rows of replay that can be sampled.",
+    "norm/actor_linear_rows": "Largest relative distance of a weight row of the actor from norm 1; 0 up to rounding.",
+    "norm/actor_batch_norm": "The same for the BatchNorm gains and shifts of the actor and their bound.",
+    "norm/actor_rms_norm": "The same for the RMSNorm gains of the actor and their bound.",
+    "norm/critic_linear_rows": "Largest relative distance of a weight row of the critics from norm 1.",
+    "norm/critic_batch_norm": "The same for the BatchNorm gains and shifts of the critics and their bound.",
+    "norm/critic_rms_norm": "The same for the RMSNorm gains of the critics and their bound.",
+    "speed/env_steps_per_s": "Environment transitions per second of training since the last point.",
+    "speed/updates_per_s": "Gradient updates per second of training since the last point.",
+    **{
+        f"speed/fraction_{name}": f"Fraction of the time since the last point spent {what}."
+        for name, what in SECTIONS.items()
+    },
+}
+"""Every stable scalar and what it means; names are ``section/quantity``."""
+
+MAX_GIF_FRAMES = 300
+"""Frames of a video shown in TensorBoard, which holds images in memory; longer videos are thinned out evenly."""
+
+
+class EvaluationRow(NamedTuple):
+    """One row of ``eval.csv``; returns are undiscounted and unscaled, the interval is that of the mean return."""
+
+    step: int
+    updates: int
+    episodes: int
+    return_mean: float
+    return_std: float
+    return_ci95_low: float
+    return_ci95_high: float
+    length_mean: float
+
+
+class TimingRow(NamedTuple):
+    """One row of ``timing.csv`` but for its first column, ``attempt``, which `Tracker` counts from 1.
+
+    ``wall_seconds`` starts from zero in every attempt. ``train_seconds`` leaves evaluations out and goes on from the
+    checkpoint that an attempt resumed from: it covers all attempts that led here. The fractions are of the time since
+    the previous row, one for each of `SECTIONS`, and add up to 1.
+    """
+
+    step: int
+    updates: int
+    wall_seconds: float
+    train_seconds: float
+    fraction_env: float
+    fraction_act: float
+    fraction_learn: float
+    fraction_store: float
+    fraction_log: float
+    fraction_evaluate: float
+    fraction_checkpoint: float
+
+
+class Tracker:
+    """Writes to TensorBoard and the two tables in a run's directory; usable as a context manager.
+
+    Make it after the logs were cut back. Every writing method raises LogWriteError, in one sentence, when the disk is
+    full or a permission is lost; the tables then still end with a whole row.
+
+    Raises:
+        ConfigurationError: a table in the directory has other columns.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second, and most commands never log
+
+        self.directory = directory
+        self._evaluations = directory / "eval.csv"
+        self._timings = directory / "timing.csv"
+        _open_table(self._evaluations, EvaluationRow._fields)
+        _open_table(self._timings, ("attempt", *TimingRow._fields))
+        self._attempt = 1 + _last_attempt(self._timings)
+        with _writing(directory):
+            self._writer: Any = SummaryWriter(str(directory))
+            self._writer.add_custom_scalars(scalar_layout())
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Points of TensorBoard curves at ``step`` environment transitions; `SCALARS` lists the stable names."""
+        with _writing(self.directory):
+            for name, value in values.items():
+                self._writer.add_scalar(name, float(value), step)
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        """Markdown for TensorBoard's text tab, such as the configuration or a decision and its evidence."""
+        with _writing(self.directory):
+            self._writer.add_text(tag, text, step)
+
+    def video(self, tag: str, source: Path | NDArray[np.uint8], step: int, frames_per_second: float = 30.0) -> None:
+        """An animation in TensorBoard's image tab.
+
+        Args:
+            tag: name of the series.
+            source: frames (T, H, W, 3), or a video file to read them from.
+            step: environment transitions so far.
+            frames_per_second: speed of playing.
+        """
+        if isinstance(source, Path):
+            import imageio.v3
+
+            source = np.stack(list(imageio.v3.imiter(source)))
+        stride = -(-len(source) // MAX_GIF_FRAMES)
+        image = _gif(source[::stride], frames_per_second / stride)
+        # SummaryWriter.add_video wants moviepy; the event it would write is an image whose bytes are a GIF.
+        protocol = importlib.import_module("tensorboard.compat.proto.summary_pb2")
+        height, width = source.shape[1:3]
+        picture = protocol.Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=image)
+        with _writing(self.directory):
+            self._writer.file_writer.add_summary(
+                protocol.Summary(value=[protocol.Summary.Value(tag=tag, image=picture)]), step
+            )
+
+    def evaluation(self, row: EvaluationRow) -> None:
+        """A row of ``eval.csv``, floats by ``repr`` and so bit-exact, and the two evaluation curves."""
+        _append(self._evaluations, row)
+        half_width = (row.return_ci95_high - row.return_ci95_low) / 2
+        self.scalars(row.step, {"eval/return_mean": row.return_mean, "eval/return_ci95": half_width})
+
+    def timing(self, row: TimingRow) -> None:
+        """A row of ``timing.csv``, after the number of this attempt: one more than the largest found there before."""
+        _append(self._timings, (self._attempt, *row))
+
+    def flush(self) -> None:
+        """Put everything written so far on the disk, so that `RunDirectory.log_lengths` counts all of it."""
+        with _writing(self.directory):
+            self._writer.flush()
+            for path in (self._evaluations, self._timings, *self.directory.glob("*tfevents*")):
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """Flush and release the event file; calling it twice is harmless."""
+        with _writing(self.directory):
+            self._writer.close()
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def scalar_layout() -> dict[str, dict[str, list[Any]]]:
+    """TensorBoard's custom-scalars page: one category per section, what belongs together in one chart."""
+    together = {
+        "train": {"return": ["train/return", "eval/return_mean"]},
+        "speed": {"where the time goes": [f"speed/fraction_{name}" for name in SECTIONS]},
+        "value": {"values and targets": ["value/q_mean", "value/target_mean"]},
+        "norm": {f"distance from the bounds: {net}": [f"norm/{net}_.*"] for net in ("actor", "critic")},
+    }
+    layout: dict[str, dict[str, list[Any]]] = {}
+    for name in SCALARS:
+        section, quantity = name.split("/")
+        charts = layout.setdefault(section, {})
+        joint = together.get(section, {})
+        for title, tags in joint.items():
+            charts[title] = ["Multiline", tags]
+        if section != "norm" and not any(name in tags for tags in joint.values()):
+            charts[quantity] = ["Multiline", [name]]
+    return layout
+
+
+def _gif(frames: NDArray[np.uint8], frames_per_second: float) -> bytes:
+    from PIL import Image
+
+    first, *rest = (Image.fromarray(frame) for frame in frames)
+    target = io.BytesIO()
+    milliseconds = max(20, round(1000 / frames_per_second))  # browsers slow down anything faster
+    first.save(target, "GIF", save_all=True, append_images=rest, duration=milliseconds, loop=0)
+    return target.getvalue()
+
+
+def _open_table(path: Path, columns: tuple[str, ...]) -> None:
+    """Make the table, or check its header and drop a last row that a killed process left incomplete."""
+    header = ",".join(columns)
+    with _writing(path):
+        content = path.read_bytes() if path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if not whole:
+            path.write_text(header + "\n", encoding="utf-8")
+        elif len(whole) < len(content):
+            os.truncate(path, len(whole))
+    found = whole.decode("utf-8", "replace").split("\n")[0]
+    if whole and found != header:
+        raise ConfigurationError(
+            f"{path} has the columns '{found}'; expected '{header}': another version of rlplastic wrote it, so choose "
+            "another run with name=… or fresh=true"
+        )
+
+
+def _last_attempt(timings: Path) -> int:
+    """The largest number in the first column of ``timing.csv``; 0 without rows."""
+    with _writing(timings):
+        _, *rows = timings.read_text(encoding="utf-8").splitlines()
+    return max((int(row.partition(",")[0]) for row in rows), default=0)
+
+
+def _append(path: Path, row: tuple[float, ...]) -> None:
+    """Add a row, or leave the table as it was: a torn row would swallow the next one."""
+    cells = (str(int(value)) if isinstance(value, int | np.integer) else repr(float(value)) for value in row)
+    rest = ",".join(cells).encode() + b"\n"
+    with _writing(path), open(path, "ab", buffering=0) as file:  # a buffer would be flushed once more on closing
+        size = file.tell()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            os.ftruncate(file.fileno(), size)
+            raise
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise LogWriteError(
+            f"logs in {path} cannot be written ({error.strerror or error}); expected free space and permission: "
+            "mend that and rerun the command to resume"
+        ) from error

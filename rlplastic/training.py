@@ -1,0 +1,205 @@
+"""From overrides to a trained run: composes the configuration, opens the run directory, starts or resumes, trains."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from rlplastic.agents import make_agent
+from rlplastic.checkpoint import CheckpointStore
+from rlplastic.command_line import override_key
+from rlplastic.composition import compose
+from rlplastic.config import Config
+from rlplastic.errors import ConfigurationError
+from rlplastic.evaluation import Evaluation
+from rlplastic.initialisation import initialise
+from rlplastic.loop import train
+from rlplastic.presets import MACHINE_KEYS, Choice, Machine, machine_from, probe_machine, resolve
+from rlplastic.progress import Budget, Progress
+from rlplastic.replay.ring import ReplayRing
+from rlplastic.reporting import Reporter
+from rlplastic.run_directory import RunDirectory, default_name
+from rlplastic.session import Session, build
+from rlplastic.terminal import View, banner
+from rlplastic.tracking import Tracker
+
+IDENTITY_IGNORES = (
+    "env_steps",
+    "max_minutes",
+    "evaluation",
+    "checkpoint",
+    "tracking",
+    "fresh",
+    "resume",
+    "accept_machine",
+    "runs",
+    "name",
+)
+"""Settings that do not make a run a different one: stop conditions, cadences, logging, and where it lies."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run left."""
+
+    path: Path
+    transitions: int
+    updates: int
+    evaluation: Evaluation | None
+    """The final evaluation; None if the run had been finished before."""
+
+
+def train_agent(overrides: Sequence[str] = (), *, quiet: bool = False) -> Result:
+    """Train as ``python -m rlplastic.train <overrides>`` does; rerunning resumes.
+
+    Args:
+        overrides: ``key=value`` strings, such as ``["env=pendulum", "env_steps=10000"]``.
+        quiet: print nothing but warnings.
+
+    Raises:
+        RlplasticError: one of `rlplastic.errors`, each with one sentence.
+    """
+    asked = compose(overrides)
+    view = View(live=asked.tracking.live, quiet=quiet)
+    name = asked.name or name_of(overrides, asked.seed)
+    machine, changed = _machine(asked, Path(asked.runs) / name)
+    config, choices = resolve(asked, machine)
+    for sentence in changed + [choice.warning for choice in choices if choice.warning]:
+        view.warn(sentence)
+    ignore = (*IDENTITY_IGNORES, *MACHINE_KEYS) if changed else IDENTITY_IGNORES
+    with RunDirectory.open(asked.runs, name, asdict(config), fresh=asked.fresh, ignore=ignore) as directory:
+        if directory.moved_to is not None:
+            view.note(f"the earlier run is now {directory.moved_to}")
+        directory.write("machine.json", json.dumps(asdict(machine), indent=1))
+        return _train(config, choices, directory, view)
+
+
+def name_of(overrides: Sequence[str], seed: int) -> str:
+    """The default run name of a list of overrides: what neither ends nor watches a run differently is left out."""
+    values = {override_key(override): override.partition("=")[2] for override in overrides}
+    described = [o for o in overrides if override_key(o).split(".")[0] not in IDENTITY_IGNORES]
+    return default_name(values.get("env", "humanoid"), values.get("agent", "flashsac"), seed, described)
+
+
+def _machine(asked: Config, path: Path) -> tuple[Machine, list[str]]:
+    """The machine that this run began on, or this one; differences are refused unless accepted, then told."""
+    now = probe_machine(asked.device)
+    document = path / "machine.json"
+    begun = any((path / "checkpoints").glob("step_*"))
+    if asked.fresh or not begun:
+        return now, []
+    if not document.is_file():
+        return now, [f"{document} is gone: settings are chosen anew, and this resume may not be exact"]
+    try:
+        then = machine_from(json.loads(document.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ConfigurationError(f"{document} cannot be read ({error}); use fresh=true or another name") from error
+    differences = then.differs_from(now)
+    if not differences:
+        now.settings = then.settings
+        return now, []
+    if not asked.accept_machine:
+        raise ConfigurationError(
+            f"{path} began on another machine ({'; '.join(differences)}), so its bits cannot be continued exactly; "
+            "resume there, or accept it with accept_machine=true"
+        )
+    now.settings = {key: value for key, value in then.settings.items() if key not in MACHINE_KEYS}
+    return now, [f"the machine changed ({'; '.join(differences)}): this resume is not exact"]
+
+
+def _train(config: Config, choices: list[Choice], directory: RunDirectory, view: View) -> Result:
+    from rlplastic import acceleration
+
+    store = CheckpointStore(directory.path / "checkpoints", config.checkpoint.keep, warn=view.warn)
+    loaded = store.newest()
+    if loaded is not None and loaded.documents["finished"]:
+        progress = Progress(**loaded.documents["progress"])
+        if Budget(config.env_steps, config.max_minutes).spent(progress):
+            view.note(
+                f"{directory.path} is finished at step {loaded.step:,}; "
+                "give it a larger env_steps or max_minutes to go on"
+            )
+            return Result(directory.path, loaded.step, int(loaded.tensors("agent")["updates"]), None)
+    transform = acceleration.apply(config)
+    session = build(config, directory, partial(make_agent, compile=transform), store)
+    try:
+        if session.envs.max_episode_steps is None:
+            view.warn(
+                f"{config.env.task} declares no time limit: an evaluation whose episodes never end stops the "
+                "run with an error; give it one, such as env.kwargs.max_episode_steps=1000"
+            )
+        source = "a new run"
+        if loaded is None and config.init_from is not None:
+            source = f"a new run from {initialise(session, config.init_from, config.init_what)}"
+        if loaded is not None:
+            source = f"{loaded.path.name}, {session.restore(loaded, view.warn, view.track)}"
+        for sentence in directory.cut_back(loaded.documents["logs"] if loaded else {}):
+            view.warn(sentence)
+        if not view.quiet:
+            banner([("run", str(directory.path), source), *describe(session, choices)])
+        if config.compile == "on":
+            view.note("the first updates compile the learner, which takes about a minute on two cores")
+        with Tracker(directory.path) as tracker, view:
+            reporter = Reporter(session, tracker, view)
+            train(session, reporter)
+            if config.tracking.video:
+                _record(session, tracker, view)
+        view.note(f"checkpoint: {directory.path}/checkpoints   TensorBoard: tensorboard --logdir {directory.path}")
+        return Result(directory.path, session.progress.transitions, session.agent.updates, reporter.last_evaluation)
+    finally:
+        session.envs.close()
+
+
+def _record(session: Session, tracker: Tracker, view: View) -> None:
+    from rlplastic.video import record
+
+    step = session.progress.transitions
+    path = session.directory.path / "videos" / f"step_{step:012d}.mp4"
+    problem = record(session.agent.act, session.config.env, path, seed=session.config.seed)
+    if problem:
+        view.note(f"no video: {problem}")
+        return
+    tracker.video("eval/episode", path, step)
+    view.note(f"video: {path}")
+
+
+def describe(session: Session, choices: Iterable[Choice]) -> list[tuple[str, str, str]]:
+    """The start-up banner: what was decided, and why."""
+    config, envs, replay = session.config, session.envs, session.replay
+    assert config.replay.batch_size and config.replay_ratio and config.replay.capacity
+    row = ReplayRing.bytes_per_transition(envs.observation_dims, envs.action_dim, config.replay.observation_dtype)
+    total = ReplayRing.memory_bytes(
+        config.replay.capacity, envs.num_envs, envs.observation_dims, envs.action_dim, config.replay.observation_dtype
+    )
+    groups = ", ".join(f"{group} {dim}" for group, dim in envs.observation_dims.items())
+    budget = " or ".join(
+        part
+        for part in (
+            f"{config.env_steps:,} transitions" if config.env_steps is not None else "",
+            f"{config.max_minutes:g} minutes of training" if config.max_minutes is not None else "",
+        )
+        if part
+    )
+    horizon = "the budget" if config.schedule.kind == "budget" else f"{config.schedule.horizon:,} updates"
+    return [
+        ("environment", envs.description, f"observations: {groups}; {envs.action_dim} actions in [-1, 1]"),
+        ("autoreset", envs.autoreset.value, "declared by the backend"),
+        ("seed", str(config.seed), "training, evaluation and every rebuild use different streams of it"),
+        ("budget", budget, "whichever comes first" if " or " in budget else "then a final evaluation"),
+        ("schedule", config.schedule.kind, f"learning rates follow half a cosine over {horizon}"),
+        ("kernels", "torch", "the reference implementation"),
+        (
+            "replay memory",
+            f"{total / 1e6:,.0f} MB",
+            f"{row} bytes for each of {replay.num_slots * replay.num_envs:,} rows",
+        ),
+        (
+            "samples per transition",
+            f"{config.replay_ratio * config.replay.batch_size:g}",
+            f"replay ratio {config.replay_ratio:g} x batch {config.replay.batch_size}",
+        ),
+        *((choice.what, choice.value, choice.reason) for choice in choices),
+    ]

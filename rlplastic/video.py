@@ -1,0 +1,168 @@
+"""One episode as an MP4 file, drawn by the simulator's own renderer, played back in real time.
+
+envpool draws its MuJoCo tasks natively, but ends the process where no OpenGL context is current: one is made first, so
+that a machine without OpenGL gives a sentence instead. gymnasium's renderer makes its own. Both read ``MUJOCO_GL``;
+where it is not set, EGL is chosen, which needs no display. Needs the optional packages imageio and imageio-ffmpeg.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlplastic.config import EnvConfig
+from rlplastic.envs import Observation, VectorEnv, make_envs, step
+from rlplastic.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import gymnasium
+
+FRAMES_PER_SECOND = 25
+"""Aimed at; frames are drawn every few steps so that the film runs at the speed of the robot."""
+SMALLEST_TIMESTEP = 0.002
+"""MuJoCo's timestep where a model sets none, in seconds."""
+_TRACKING_CAMERA = {"dmc": 0, "playground": 0, "myosuite": 0}
+"""The camera that follows the robot; for other families it is the renderer's own choice, -1."""
+_SECONDS_PER_STEP = {"metaworld": 0.0125, "myosuite": 0.02, "classic": 0.02}
+_SECONDS_OF_CLASSIC = {"Pendulum-v1": 0.05, "MountainCarContinuous-v0": 1 / 30}
+
+Frame: TypeAlias = NDArray[np.uint8]
+_Context: TypeAlias = Any  # mujoco has no types for it
+_Options: TypeAlias = Any  # envpool generates the named tuple at run time
+
+
+def record(
+    act: Callable[[Observation], NDArray[np.float32]],
+    env: EnvConfig,
+    path: Path,
+    *,
+    seed: int,
+    max_steps: int = 1000,
+    size: tuple[int, int] = (480, 368),
+) -> str | None:
+    """Play one episode and write it to ``path``; never raises, since a missing film must not end a run.
+
+    Args:
+        act: observation groups (1, dim) to actions (1, A) in [-1, 1].
+        env: the task.
+        path: of the MP4 file; its folder is made, an existing file is replaced once the new one is whole.
+        seed: of the environment; the first environment of an evaluation with this seed.
+        max_steps: the film ends here if the episode does not.
+        size: width and height in pixels, multiples of 16.
+
+    Returns:
+        None, or one line that says why there is no film.
+    """
+    unfinished = path.with_name(f".unfinished_{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _camera(env, seed, size) as (envs, draw, seconds):
+            _film(act, envs, draw, seconds, unfinished, max_steps)
+        unfinished.replace(path)
+    except Exception as error:  # simulators, drivers and encoders fail in their own ways
+        with suppress(OSError):
+            unfinished.unlink()
+        return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return None
+
+
+def _film(
+    act: Callable[[Observation], NDArray[np.float32]],
+    envs: VectorEnv,
+    draw: Callable[[], Frame],
+    seconds: float,
+    path: Path,
+    max_steps: int,
+) -> None:
+    """Encode an episode whose steps last ``seconds`` each."""
+    try:
+        import imageio.v2 as imageio
+        import imageio_ffmpeg  # noqa: F401 - what encodes
+    except ImportError as error:
+        raise ConfigurationError(
+            "recording needs imageio and imageio-ffmpeg; expected both to be installed: pip install 'rlplastic[video]'"
+        ) from error
+    stride = max(1, round(1 / (seconds * FRAMES_PER_SECOND)))
+    observation = envs.reset()
+    frame = draw()
+    if frame.min() == frame.max():
+        raise RuntimeError("the renderer draws nothing: every pixel of the first frame is the same")
+    encoder: Any = imageio.get_writer(path, format="FFMPEG", fps=1 / (seconds * stride), macro_block_size=2)
+    with encoder as writer:
+        writer.append_data(_even(frame))
+        for index in range(1, max_steps + 1):
+            result = step(envs, act(observation))
+            observation = result.observation
+            done = bool(result.terminated[0] | result.truncated[0])
+            if done or index % stride == 0:
+                writer.append_data(_even(draw()))
+            if done:
+                break
+
+
+def _even(frame: Frame) -> Frame:
+    """Without its last row or column where their number is odd: the encoder halves the resolution of colours."""
+    return frame[: frame.shape[0] // 2 * 2, : frame.shape[1] // 2 * 2]
+
+
+@contextmanager
+def _camera(env: EnvConfig, seed: int, size: tuple[int, int]) -> Iterator[tuple[VectorEnv, Callable[[], Frame], float]]:
+    """One environment that restarts in the step after its end, a function that draws it, and the seconds of a step."""
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    width, height = size
+    env = replace(env, vectorization="sync", autoreset="next_step")
+    if env.backend == "gymnasium":
+        shape = {"width": width, "height": height} if env.family == "mujoco" else {}
+        env = replace(env, kwargs={**env.kwargs, "render_mode": "rgb_array", **shape})
+    context = _context(size) if env.backend == "envpool" and env.family != "classic" else None
+    # the adapters keep the simulator's own object, which alone can draw, in `_env` until they are closed
+    envs: Any = make_envs(env, seed=seed, role="eval", num_envs=1)
+    try:
+        if env.backend == "gymnasium":
+            yield envs, lambda: envs._env.render()[0], _gymnasium_seconds(envs._env.envs[0])
+        else:
+            first, camera = np.zeros(1, np.int32), _TRACKING_CAMERA.get(env.family, -1)
+            seconds = _envpool_seconds(env, envs._env.spec.config)
+            yield envs, lambda: envs._env._render(first, width, height, camera)[0], seconds
+    finally:
+        # the simulator gives its textures back when it is freed, for which the context must still be there
+        envs.close()
+        if context is not None:
+            context.free()
+
+
+def _context(size: tuple[int, int]) -> _Context:
+    """A current OpenGL context of the kind named by MUJOCO_GL, however early MuJoCo was imported."""
+    context = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL'].lower()}").GLContext(*size)
+    context.make_current()
+    return context
+
+
+def _gymnasium_seconds(env: gymnasium.Env[Any, Any]) -> float:
+    return float(getattr(env.unwrapped, "dt", None) or 1 / env.metadata.get("render_fps", FRAMES_PER_SECOND))
+
+
+def _envpool_seconds(env: EnvConfig, options: _Options) -> float:
+    """Simulated seconds per step of an envpool task; its interface does not tell, its configuration and model do."""
+    if env.family == "playground":
+        return float(options.ctrl_dt)
+    if env.family not in ("mujoco", "dmc"):
+        return _SECONDS_OF_CLASSIC.get(env.task, _SECONDS_PER_STEP[env.family])
+    assets = Path(options.base_path) / "mujoco"
+    if env.family == "dmc":
+        model = assets / "assets_dmc" / f"{env.task.partition('-')[0]}.xml"
+    else:
+        model = assets / "assets_gym" / options.xml_file
+        # some tasks name a model that is only there in envpool's edition of it
+        model = model if model.is_file() else model.with_stem(f"{model.stem}_envpool")
+    timestep = re.search(r'<option[^>]*\btimestep="([^"]+)"', model.read_text())
+    return float(options.frame_skip) * (float(timestep[1]) if timestep else SMALLEST_TIMESTEP)

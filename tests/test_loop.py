@@ -1,0 +1,153 @@
+"""The loop's two contracts: equal seeds give equal bits, and a resumed run equals one that was never stopped."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from small_runs import SMALL, command, final_state, run
+
+from rlplastic import train_agent
+from rlplastic.errors import ConfigurationError
+
+
+def trained(folder: Path, *overrides: str) -> dict[str, object]:
+    train_agent([*SMALL, f"runs={folder}", "name=run", *overrides], quiet=True)
+    return final_state(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """The state that an uninterrupted run of `SMALL` ends in."""
+    return trained(tmp_path_factory.mktemp("reference"))
+
+
+def test_the_same_command_gives_the_same_bits(tmp_path: Path, reference: dict[str, object]) -> None:
+    assert trained(tmp_path) == reference
+
+
+def test_another_seed_gives_other_bits(tmp_path: Path, reference: dict[str, object]) -> None:
+    state = trained(tmp_path, "seed=1")
+    assert state["agent.actor.head.mean.weight"] != reference["agent.actor.head.mean.weight"]
+    assert state["replay"] != reference["replay"]
+
+
+def test_saving_logging_and_evaluating_leave_the_run_unchanged(tmp_path: Path, reference: dict[str, object]) -> None:
+    often = trained(tmp_path / "often", "checkpoint.every=4", "tracking.every=4", "evaluation.every=100")
+    never = trained(tmp_path / "never", "checkpoint.every=100000", "tracking.every=100000", "evaluation.every=0")
+
+    def learned(state: dict[str, object]) -> dict[str, object]:
+        """Without what depends on cadences by design: the rows of eval.csv and the means since the last log."""
+        return {name: value for name, value in state.items() if name != "eval.csv" and "metrics" not in name}
+
+    assert learned(often).items() >= {k: v for k, v in learned(reference).items() if "finished" not in k}.items()
+    assert {k: v for k, v in learned(never).items() if "finished" not in k}.items() <= learned(often).items()
+
+
+def test_stopping_at_half_the_budget_and_going_on_equals_never_stopping(
+    tmp_path: Path, reference: dict[str, object]
+) -> None:
+    first = trained(tmp_path, "env_steps=300", "schedule=horizon", "schedule.horizon=1000")
+    assert first["progress"]["transitions"] == 300  # type: ignore[index]
+    resumed = trained(tmp_path, "env_steps=600", "schedule=horizon", "schedule.horizon=1000")
+    whole = trained(tmp_path / "whole", "schedule=horizon", "schedule.horizon=1000")
+    # The first half ended with an evaluation of its own.
+    rows = str(resumed.pop("eval.csv")).splitlines()
+    assert [row for row in rows if not row.startswith("300,")] == str(whole.pop("eval.csv")).splitlines()
+    assert resumed == whole
+
+
+def test_rerunning_a_finished_run_says_so_and_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    before = trained(tmp_path)
+    result = train_agent([*SMALL, f"runs={tmp_path}", "name=run"])
+    assert "is finished at step 600" in capsys.readouterr().out
+    assert (result.transitions, result.evaluation) == (600, None)
+    assert final_state(tmp_path / "run") == before
+
+
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(
+    tmp_path: Path, reference: dict[str, object], capsys: pytest.CaptureFixture
+) -> None:
+    trained(tmp_path)
+    newest = max((tmp_path / "run" / "checkpoints").glob("step_*"))
+    content = bytearray((newest / "agent.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / "agent.safetensors").write_bytes(content)
+    train_agent([*SMALL, f"runs={tmp_path}", "name=run"])
+    assert "skipped a damaged checkpoint" in capsys.readouterr().out
+    assert final_state(tmp_path / "run") == reference
+
+
+def test_fresh_episodes_are_started_on_request_and_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    train_agent([*SMALL, f"runs={tmp_path}", "name=run", "env_steps=300"], quiet=True)
+    train_agent([*SMALL, f"runs={tmp_path}", "name=run", "resume=fresh"])
+    assert "this resume is not exact: resume=fresh was asked for" in capsys.readouterr().out
+    assert final_state(tmp_path / "run")["progress"]["transitions"] >= 600  # type: ignore[index,operator]
+
+
+def test_another_configuration_under_the_same_name_is_refused_with_the_difference(tmp_path: Path) -> None:
+    trained(tmp_path)
+    with pytest.raises(ConfigurationError, match=r"replay\.batch_size.*16.*32"):
+        train_agent([*SMALL, f"runs={tmp_path}", "name=run", "replay.batch_size=32"], quiet=True)
+    train_agent([*SMALL, f"runs={tmp_path}", "name=run", "replay.batch_size=32", "fresh=true"], quiet=True)
+    assert (tmp_path / "run.old-1" / "checkpoints").is_dir()
+
+
+def test_another_machine_is_refused_unless_accepted(tmp_path: Path) -> None:
+    train_agent([*SMALL, f"runs={tmp_path}", "name=run", "env_steps=300"], quiet=True)
+    file = tmp_path / "run" / "machine.json"
+    file.write_text(file.read_text().replace('"torch": "', '"torch": "0.'))
+    with pytest.raises(ConfigurationError, match="accept_machine=true"):
+        train_agent([*SMALL, f"runs={tmp_path}", "name=run"], quiet=True)
+    train_agent([*SMALL, f"runs={tmp_path}", "name=run", "accept_machine=true"], quiet=True)
+
+
+def killed_until_done(folder: Path, signals: list[signal.Signals], seed: int) -> list[int]:
+    """Start the run again and again, stopping it at random moments; then let it end. Returns the exit codes."""
+    rng, codes = random.Random(seed), []
+    arguments = [*SMALL, f"runs={folder}", "name=run", "checkpoint.every=40"]
+    for number in signals:
+        process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:  # the banner shows that training starts
+            if line.startswith("replay_ratio"):
+                break
+        time.sleep(rng.uniform(0.0, 1.5))
+        process.send_signal(number)
+        codes.append(process.wait(timeout=120))
+        process.stdout.close()
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    return codes
+
+
+def test_a_run_that_was_killed_and_resumed_equals_one_that_was_not(
+    tmp_path: Path, reference: dict[str, object]
+) -> None:
+    codes = killed_until_done(tmp_path, [signal.SIGKILL, signal.SIGTERM], seed=0)
+    assert set(codes) <= {-signal.SIGKILL, 130, 0}
+    assert final_state(tmp_path / "run") == reference
+
+
+@pytest.mark.slow
+def test_ten_kills_and_five_terminations_at_random_moments_change_nothing(
+    tmp_path: Path, reference: dict[str, object]
+) -> None:
+    for attempt in range(3):
+        signals = [signal.SIGKILL] * 10 + [signal.SIGTERM] * 5
+        random.Random(attempt).shuffle(signals)
+        killed_until_done(tmp_path / str(attempt), signals, seed=attempt)
+        assert final_state(tmp_path / str(attempt) / "run") == reference
+
+
+@pytest.mark.slow
+def test_a_compiled_run_in_bfloat16_resumes_bit_for_bit_too(tmp_path: Path) -> None:
+    fast = ["compile=on", "precision=bf16", "schedule=horizon", "schedule.horizon=1000", "evaluation.every=0"]
+    trained(tmp_path / "halves", *fast, "env_steps=300")
+    halves, whole = trained(tmp_path / "halves", *fast), trained(tmp_path / "whole", *fast)
+    halves.pop("eval.csv"), whole.pop("eval.csv")
+    assert halves == whole

@@ -1,0 +1,154 @@
+"""A policy loaded from a run directory acts exactly as the agent that was saved."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from rlplastic.agents.flashsac import FlashSAC
+from rlplastic.checkpoint import CheckpointStore
+from rlplastic.config import AgentConfig, Config, CriticConfig, EnvConfig
+from rlplastic.errors import CheckpointError, ConfigurationError
+from rlplastic.policy import load_policy, read_config
+
+
+def agent_of(dims: dict[str, int], actions: int, width: int, blocks: int, seed: int = 0) -> FlashSAC:
+    config = AgentConfig(critic_width=8, actor_width=width, num_blocks=blocks, gamma=0.99)
+    agent = FlashSAC(dims, actions, 1, config, CriticConfig(num_atoms=5), seed=seed)
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():  # statistics as after training
+        for name, value in agent.learner.actor.named_buffers():
+            value.add_(torch.rand(value.shape, generator=rng) if name.endswith("var") else 0.3)
+    return agent
+
+
+def save(run: Path, agent: FlashSAC, step: int = 100, config: Config | None = None) -> Path:
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config or Config()))))
+    return CheckpointStore(run / "checkpoints", keep=5).save(step, {"agent": agent.state_dict()}, {"progress": {}}).path
+
+
+@pytest.mark.parametrize(
+    ("dims", "actions", "width", "blocks"),
+    [({"policy": 3}, 1, 8, 2), ({"policy": 11, "critic": 20}, 4, 16, 1), ({"policy": 5}, 2, 8, 12)],
+)
+def test_loaded_policy_acts_bit_for_bit_as_the_saved_agent(
+    tmp_path: Path, dims: dict[str, int], actions: int, width: int, blocks: int
+) -> None:
+    agent = agent_of(dims, actions, width, blocks)
+    save(tmp_path / "run", agent)
+    policy = load_policy(tmp_path / "run")
+    rng = np.random.default_rng(0)
+    observation = {name: (10 * rng.normal(size=(33, dim))).astype(np.float32) for name, dim in dims.items()}
+    actions_found = policy.act(observation)
+    assert actions_found.dtype == np.float32 and actions_found.shape == (33, actions)
+    assert np.abs(actions_found).max() <= 1
+    np.testing.assert_array_equal(actions_found, agent.act(observation))
+    np.testing.assert_array_equal(policy.act({"policy": observation["policy"]}), actions_found)
+
+
+def test_newest_checkpoint_is_taken_and_its_step_told(tmp_path: Path) -> None:
+    for step in (100, 300, 200):
+        save(tmp_path / "run", agent_of({"policy": 3}, 1, 8, 2, seed=step), step)
+    policy = load_policy(str(tmp_path / "run"))
+    observation = {"policy": np.ones((2, 3), np.float32)}
+    expected = agent_of({"policy": 3}, 1, 8, 2, seed=300).act(observation)
+    assert policy.step == 300
+    np.testing.assert_array_equal(policy.act(observation), expected)
+
+
+def test_configuration_comes_back_typed_with_the_environment(tmp_path: Path) -> None:
+    env = EnvConfig(family="dmc", task="humanoid-run", num_envs=16, gamma=0.97, kwargs={"frame_skip": 2})
+    config = Config(env=env, seed=7, replay_ratio=0.25)
+    save(tmp_path / "run", agent_of({"policy": 3}, 1, 8, 2), config=config)
+    policy = load_policy(tmp_path / "run")
+    assert policy.config == config and policy.env == env
+    assert read_config(tmp_path / "run") == config
+
+
+def test_loading_and_acting_leave_the_global_generator_alone(tmp_path: Path) -> None:
+    save(tmp_path / "run", agent_of({"policy": 3}, 1, 8, 2))
+    before = torch.get_rng_state()
+    load_policy(tmp_path / "run").act({"policy": np.ones((2, 3), np.float32)})
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_acting_changes_no_statistics_and_needs_no_gradients(tmp_path: Path) -> None:
+    save(tmp_path / "run", agent_of({"policy": 3}, 1, 8, 2))
+    policy = load_policy(tmp_path / "run")
+    before = {name: value.clone() for name, value in policy.actor.state_dict().items()}
+    policy.act({"policy": 5 * np.ones((4, 3), np.float32)})
+    assert all(torch.equal(value, before[name]) for name, value in policy.actor.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in policy.actor.parameters())
+
+
+def test_observation_of_another_width_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    save(tmp_path / "run", agent_of({"policy": 3}, 1, 8, 2))
+    with pytest.raises(ConfigurationError, match=r"shape \(2, 4\); expected \(N, 3\)"):
+        load_policy(tmp_path / "run").act({"policy": np.ones((2, 4), np.float32)})
+
+
+def test_missing_run_names_its_neighbours(tmp_path: Path) -> None:
+    save(tmp_path / "humanoid_flashsac_seed0", agent_of({"policy": 3}, 1, 8, 2))
+    with pytest.raises(ConfigurationError, match=r"does not exist.*did you mean 'humanoid_flashsac_seed0'"):
+        load_policy(tmp_path / "humanoid_flashsac_seed")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigurationError, match=r"holds no config\.yaml"):
+        load_policy(tmp_path / "empty")
+
+
+def test_run_without_a_checkpoint_is_a_configuration_error(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(Config()))))
+    with pytest.raises(ConfigurationError, match="no checkpoint yet"):
+        load_policy(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["env: [", "just words", "no_such_section: 1", "seed: never"])
+def test_unreadable_configuration_is_a_configuration_error(tmp_path: Path, text: str) -> None:
+    save(tmp_path, agent_of({"policy": 3}, 1, 8, 2))
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigurationError, match=r"config\.yaml cannot be read"):
+        load_policy(tmp_path)
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before_with_a_warning(tmp_path: Path) -> None:
+    save(tmp_path, agent_of({"policy": 3}, 1, 8, 2), 100)
+    newest = save(tmp_path, agent_of({"policy": 3}, 1, 8, 2), 200) / "agent.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-3])
+    warnings: list[str] = []
+    assert load_policy(tmp_path, warn=warnings.append).step == 100
+    assert len(warnings) == 1 and "step_000000000200" in warnings[0]
+
+
+def test_run_with_nothing_but_damaged_checkpoints_is_a_checkpoint_error(tmp_path: Path) -> None:
+    path = save(tmp_path, agent_of({"policy": 3}, 1, 8, 2)) / "agent.safetensors"
+    path.write_bytes(b"\0" * path.stat().st_size)
+    with pytest.raises(CheckpointError):
+        load_policy(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "missing", ["actor.head.mean_bias", "actor.trunk.embed.weight", "actor.trunk.blocks.0.expand.weight"]
+)
+def test_checkpoint_without_a_flashsac_actor_is_a_checkpoint_error(tmp_path: Path, missing: str) -> None:
+    agent = agent_of({"policy": 3}, 1, 8, 2)
+    state = {name: value for name, value in agent.state_dict().items() if name != missing}
+    save(tmp_path, agent)
+    CheckpointStore(tmp_path / "checkpoints", keep=5).save(200, {"agent": state}, {})
+    with pytest.raises(CheckpointError, match="holds no FlashSAC actor"):
+        load_policy(tmp_path)
+    CheckpointStore(tmp_path / "checkpoints", keep=5).save(300, {"other": state}, {})
+    with pytest.raises(CheckpointError, match="agent"):
+        load_policy(tmp_path)
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:97", "cpu:x"])
+def test_unusable_device_is_a_configuration_error(tmp_path: Path, device: str) -> None:
+    save(tmp_path, agent_of({"policy": 3}, 1, 8, 2))
+    with pytest.raises(ConfigurationError, match=f"device={device}"):
+        load_policy(tmp_path, device)
