@@ -1,0 +1,332 @@
+"""What a grid of training runs leaves behind: ``results.csv``, the learning curves, a plot and ``summary.md``.
+
+One row of ``results.csv`` is one run that ended by itself. Intervals are Student's t intervals of the mean over seeds
+(two-sided, 95 %), which assume the seeds' results are roughly normal; with one seed there is none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import functools
+import importlib.metadata
+import io
+import math
+import os
+import platform
+import statistics
+import subprocess
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple, get_type_hints
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+from numpy.typing import NDArray
+from scipy.special import stdtrit
+
+from rlplastic.errors import ConfigurationError
+
+ROOT = Path(__file__).resolve().parents[1]
+NON_FINITE_EXIT = 3
+"""A training run stopped on non-finite numbers: a result, the same however often it is run again."""
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+"""Okabe and Ito's palette, told apart with colour-blind eyes too; yellow is replaced, since it vanishes on white."""
+AXES = {"step": "environment transitions", "updates": "critic updates"}
+"""Columns of ``eval.csv`` that may be a plot's horizontal axis."""
+LETTERS_PER_INCH = 11.0
+"""Of a plot's heading in matplotlib's default font, with some to spare for wide letters."""
+
+
+class Result(NamedTuple):
+    """One row of ``results.csv``; numbers are NaN where the run left no evaluation."""
+
+    task: str
+    arm: str
+    seed: int
+    exit_code: int
+    env_steps: float
+    updates: float
+    final_mean: float
+    final_ci95_low: float
+    final_ci95_high: float
+    area: float
+    wall_seconds: float
+    train_seconds: float
+    jobs: int
+    machine: str
+    versions: str
+    commit: str
+    command: str
+
+    @property
+    def name(self) -> str:
+        """The run's directory and the stem of its curve."""
+        return f"{self.task}__{self.arm}__{self.seed}"
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run ended well and was evaluated; only such rows enter plots and means."""
+        return self.exit_code == 0 and math.isfinite(self.final_mean)
+
+    @property
+    def settled(self) -> bool:
+        """Whether running it again would tell nothing new."""
+        return self.complete or self.exit_code == NON_FINITE_EXIT
+
+
+COLUMNS = {
+    "final_mean": "final evaluation return",
+    "area": "area under the evaluation curve, divided by its length in transitions (mean return while learning)",
+    "env_steps": "environment transitions",
+    "updates": "critic updates",
+    "train_seconds": "seconds of training, evaluation excluded",
+    "wall_seconds": "seconds in all",
+}
+"""Columns of `Result` that a summary may tabulate."""
+
+
+def machine() -> str:
+    """Processor and cores this process may use."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    return f"{model}, {len(os.sched_getaffinity(0))} cores, {platform.system()}"
+
+
+@functools.cache
+def versions() -> str:
+    """Python and the packages a result depends on."""
+    found = [f"python {platform.python_version()}"]
+    for package in ("rlplastic", "torch", "numpy", "envpool", "mujoco", "gymnasium"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{package} {importlib.metadata.version(package)}")
+    return ", ".join(found)
+
+
+def commit() -> str:
+    """The checkout's commit, with ``+changes`` when the package differs from it."""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    if head.returncode:
+        return "unknown"
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "--", "rlplastic"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return head.stdout.strip() + ("+changes" if changed else "")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write ``path`` so that a reader, or a crash, finds the old content or the new, never a part."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    with staged.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    staged.replace(path)
+
+
+def _cell(value: object) -> object:
+    if not isinstance(value, float):
+        return value
+    return "" if math.isnan(value) else f"{value:.0f}" if value.is_integer() else f"{value:.6g}"
+
+
+def read_results(path: Path) -> dict[str, Result]:
+    """The newest row of every run, by the run's name; empty without a file.
+
+    Raises:
+        ConfigurationError: the file has other columns.
+    """
+    if not path.exists():
+        return {}
+    kinds = get_type_hints(Result)
+    results = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        table = csv.DictReader(file)
+        if tuple(table.fieldnames or ()) != Result._fields:
+            raise ConfigurationError(
+                f"{path} has the columns {table.fieldnames}, expected {list(Result._fields)}: "
+                "move the file away to start anew"
+            )
+        for row in table:
+            result = Result(**{column: kind(row[column] or "nan") for column, kind in kinds.items()})
+            results[result.name] = result
+    return results
+
+
+def append_result(path: Path, result: Result) -> None:
+    """Add a row, atomically; the caller holds the grid's lock, so nobody else writes meanwhile."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ",".join(Result._fields) + "\n"
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(map(_cell, result))
+    replace_file(path, text + line.getvalue())
+
+
+def read_table(path: Path) -> dict[str, NDArray[np.float64]]:
+    """A CSV file of numbers as columns (rows,); empty without a file, and without a last line that is not whole."""
+    if not path.exists():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+    return {column: np.array([float(row[column]) for row in rows]) for column in (rows[0] if rows else ())}
+
+
+def seconds(run: Path, column: str) -> float:
+    """What all attempts of a run took by its ``timing.csv``; 0 without the file.
+
+    ``wall_seconds`` starts from zero in every attempt, so their largest values are added. ``train_seconds`` goes on
+    from the checkpoint that an attempt resumed from: the last value is that of the whole run. A table without the
+    column ``attempt`` is that of one attempt.
+    """
+    table = read_table(run / "timing.csv")
+    if column not in table:
+        return 0.0
+    values = table[column]
+    if column == "train_seconds":
+        return float(values[-1])
+    attempts = table.get("attempt", np.ones(len(values)))
+    return float(sum(values[attempts == attempt].max() for attempt in np.unique(attempts)))
+
+
+def curve_area(steps: NDArray[np.float64], returns: NDArray[np.float64]) -> float:
+    """Trapezoidal area under a curve (n,) divided by its length; the value itself for one point."""
+    if len(steps) < 2 or steps[-1] == steps[0]:
+        return float(returns[-1])
+    return float(np.trapezoid(returns, steps) / (steps[-1] - steps[0]))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % t interval; the half-width is NaN for one value."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, math.nan
+    return mean, float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def mean_curve(curves: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]]) -> NDArray[np.float64]:
+    """Columns x, mean and half-width (3, n) of several (x, y) curves.
+
+    Runs stopped by time are evaluated at different x: each curve is interpolated linearly at all x that lie in the
+    range every curve covers.
+    """
+    low, high = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
+    grid = np.unique(np.concatenate([x for x, _ in curves]))
+    grid = grid[(grid >= low) & (grid <= high)]
+    columns = [interval([float(np.interp(x, *curve)) for curve in curves]) for x in grid]
+    return np.vstack([grid, np.array(columns).reshape(-1, 2).T])
+
+
+def plot(directory: Path, title: str, axis: str, results: Iterable[Result]) -> Path:
+    """Draw ``curves.png``: a panel per task, and per arm its mean, its seeds' own curves, and a band with several.
+
+    The band never sets the vertical axis: with two seeds t is 12.7, and the curves would be flat lines inside it.
+    """
+    complete = [result for result in results if result.complete]
+    tasks = list(dict.fromkeys(result.task for result in complete)) or ["no run has finished"]
+    arms = list(dict.fromkeys(result.arm for result in complete))
+    columns = min(3, len(tasks))
+    rows = -(-len(tasks) // columns)
+    width = 4.8 * columns + 0.4
+    figure = Figure(figsize=(width, 3.6 * rows + 0.5), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for panel in panels[len(tasks) :]:
+        panel.remove()
+    for panel, task in zip(panels, tasks, strict=False):
+        shown: list[NDArray[np.float64]] = []
+        for arm in arms:
+            curves = []
+            for result in (r for r in complete if (r.task, r.arm) == (task, arm)):
+                table = read_table(directory / "curves" / f"{result.name}.csv")
+                if table:
+                    curves.append((table[axis], table["return_mean"]))
+            if curves:
+                colour = COLOURS[arms.index(arm) % len(COLOURS)]
+                x, mean, half_width = mean_curve(curves)
+                count = f"{len(curves)} seeds" if len(curves) > 1 else "1 seed"
+                panel.plot(x, mean, color=colour, label=f"{arm} ({count})", marker="." if len(x) < 15 else "")
+                panel.fill_between(x, mean - half_width, mean + half_width, color=colour, alpha=0.2, linewidth=0)
+                for curve in curves if len(curves) > 1 else ():
+                    panel.plot(*curve, color=colour, linewidth=0.6, alpha=0.6)
+                shown += [mean, *(returns for _, returns in curves)]
+        if shown:
+            low, high = float(np.min(np.concatenate(shown))), float(np.max(np.concatenate(shown)))
+            margin = 0.05 * (high - low) or 1.0
+            panel.set_ylim(low - margin, high + margin)
+        panel.set(title=task, xlabel=AXES[axis])
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+        panel.grid(alpha=0.3)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize="small")
+    for row in range(rows):
+        panels[row * columns].set_ylabel("evaluation return")
+    sentences = (title, "mean over seeds, each seed (thin), 95 % t interval (band)")
+    heading = [line for sentence in sentences for line in textwrap.wrap(sentence, int(width * LETTERS_PER_INCH))]
+    figure.suptitle("\n".join(heading), fontsize="medium")
+    path = directory / "curves.png"
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def number(value: float) -> str:
+    """Four significant digits below a thousand, whole numbers above, and never an exponent for large ones."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _tables(columns: Sequence[str], results: Sequence[Result]) -> list[str]:
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.task, result.arm), []).append(result)
+    lines = []
+    for column in columns:
+        lines += ["", f"## {column}", "", f"{COLUMNS[column].capitalize()}.", ""]
+        lines += ["| task | arm | runs | mean ± 95 % CI | per seed |", "|---|---|---|---|---|"]
+        for (task, arm), members in groups.items():
+            values = [getattr(member, column) for member in members]
+            mean, half_width = interval(values)
+            shown = number(mean) + (f" ± {number(half_width)}" if math.isfinite(half_width) else "")
+            per_seed = ", ".join(
+                f"{member.seed}: {number(value)}" for member, value in zip(members, values, strict=True)
+            )
+            lines.append(f"| {task} | {arm} | {len(members)} | {shown} | {per_seed} |")
+    return lines
+
+
+def summarise(
+    directory: Path,
+    title: str,
+    question: str,
+    command: str,
+    columns: Sequence[str],
+    results: Sequence[Result],
+    missing: dict[str, str],
+) -> Path:
+    """Write ``summary.md``.
+
+    Args:
+        directory: the grid's folder.
+        title: the grid's name.
+        question: what the grid was run to find out.
+        command: the command line that makes all of it.
+        columns: what to tabulate, of `COLUMNS`.
+        results: rows of the grid in its own order, failed ones too.
+        missing: why each run without a complete row has none, by the run's name.
+    """
+    complete = [result for result in results if result.complete]
+    lines = [f"# {title}", "", *([question.strip(), ""] if question.strip() else [])]
+    lines += [f"Made by `{command}`: {len(complete)} of {len(complete) + len(missing)} runs finished.", ""]
+    seeds = sorted({result.seed for result in complete})
+    facts = {"seeds": [", ".join(map(str, seeds))], "runs at a time": [str(result.jobs) for result in complete]}
+    facts |= {fact: [getattr(result, fact) for result in complete] for fact in ("machine", "versions", "commit")}
+    lines += [f"- {fact}: {'; '.join(dict.fromkeys(values)) or 'none'}" for fact, values in facts.items()]
+    lines += ["", "![learning curves](curves.png)", *_tables(columns, complete)]
+    first = {(result.task, result.arm): result.command for result in reversed(complete)}
+    lines += ["", "## Commands", "", "The first seed of each arm; the others differ in `seed` and `name`.", "", "```"]
+    lines += [*(first[key] for key in dict.fromkeys((r.task, r.arm) for r in complete)), "```", "", "## Shortfall", ""]
+    lines += [f"- {name}: {reason}" for name, reason in missing.items()] or ["None: every run finished."]
+    path = directory / "summary.md"
+    replace_file(path, "\n".join(lines) + "\n")
+    return path
