@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -19,7 +20,12 @@ T = TypeVar("T")
 
 
 def run_verb(verb: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
-    """Call a verb and turn foreseen failures into one sentence on stderr and the documented exit code."""
+    """Call a verb and turn foreseen failures into one sentence on stderr and the documented exit code.
+
+    SIGTERM acts like Ctrl-C wherever a verb does not listen itself, so that a run that is stopped while it still sets
+    up, or just after its last save, ends with the documented code too.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         verb(arguments)
     except RlplasticError as error:
