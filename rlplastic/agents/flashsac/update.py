@@ -31,7 +31,7 @@ from torch import Tensor
 from rlplastic.agents.flashsac.networks import Actor, Critic
 from rlplastic.agents.heads import squashed_sample
 from rlplastic.agents.layers import NormBounds
-from rlplastic.kernels.categorical import project_categorical
+from rlplastic.kernels.categorical import categorical_target
 
 Metrics = dict[str, Tensor]
 
@@ -125,13 +125,9 @@ def critic_loss(
         mean, log_std = actor(inputs.next_observation, False, bf16)
         next_action, next_log_prob = squashed_sample(mean, log_std, noise)
         actions = torch.cat((inputs.action, next_action))
-        probabilities = F.softmax(target_critic(observations, actions, True, bf16)[:, rows:], -1)
-        smaller = (probabilities * atoms).sum(-1).argmin(0)
-        probability = probabilities.gather(0, smaller.view(1, rows, 1).expand(1, -1, len(atoms)))[0]
+        next_logits = target_critic(observations, actions, True, bf16)[:, rows:]
         bonus = -alpha * next_log_prob if backup_entropy else torch.zeros_like(next_log_prob)
-        moved = inputs.reward.unsqueeze(-1) + inputs.discount.unsqueeze(-1) * (atoms + bonus.unsqueeze(-1))
-        target = project_categorical(probability, moved, support)
-        target_mean = (probability * moved).sum(-1)
+        target, target_mean = categorical_target(next_logits, inputs.reward, inputs.discount, bonus, atoms, support)
     logits = critic(observations, actions, True, bf16)[:, :rows]
     loss = -(target * F.log_softmax(logits, -1)).sum(-1).mean()
     metrics = {
