@@ -10,9 +10,14 @@ and outputs to bfloat16 (sums inside a product, statistics, the residual stream 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from rlplastic.errors import ConfigurationError
+from rlplastic.kernels.norm_bounds import NormProjection, project_norms
 
 
 def _lead(members: int | None) -> tuple[int, ...]:
@@ -120,27 +125,28 @@ class NormBounds:
 
     Rows of every `UnitLinear` become unit vectors; gamma and beta of each `BatchNorm` are scaled jointly to norm
     sqrt(dim); the gain of each `RMSNorm` to norm sqrt(dim). Other parameters (head biases) stay free.
+
+    Args:
+        module: whose parameters are bounded, those it has now.
+        kernels: "torch" for the reference, or "triton" for one launch on a GPU.
+
+    Raises:
+        ConfigurationError: Triton is not installed.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, kernels: str = "torch") -> None:
         layers = list(module.modules())
-        self._weights = [layer.weight for layer in layers if isinstance(layer, UnitLinear)]
+        self._weights: list[Tensor] = [layer.weight for layer in layers if isinstance(layer, UnitLinear)]
         self._affine = [(layer.gamma, layer.beta) for layer in layers if isinstance(layer, BatchNorm)]
-        self._gains = [layer.gain for layer in layers if isinstance(layer, RMSNorm)]
+        self._gains: list[Tensor] = [layer.gain for layer in layers if isinstance(layer, RMSNorm)]
+        parameters = self._weights, self._affine, self._gains
+        if kernels not in ("torch", "triton"):
+            raise ConfigurationError(f"kernels={kernels!r} is unknown; use 'torch' or 'triton'")
+        self._project = NormProjection(*parameters) if kernels == "triton" else partial(project_norms, *parameters)
 
-    @torch.no_grad()
     def project(self) -> None:
         """Project all parameters in place."""
-        rows = [torch.linalg.vector_norm(weight, dim=-1, keepdim=True) for weight in self._weights]
-        torch._foreach_clamp_min_(rows, 1e-12)
-        torch._foreach_div_(list[Tensor](self._weights), rows)
-        for gamma, beta in self._affine:
-            squares = gamma.square().sum(-1, keepdim=True) + beta.square().sum(-1, keepdim=True)
-            factor = gamma.shape[-1] ** 0.5 * torch.rsqrt(squares + 1e-8)
-            gamma.mul_(factor)
-            beta.mul_(factor)
-        for gain in self._gains:
-            gain.mul_(gain.shape[-1] ** 0.5 * torch.rsqrt(gain.square().sum(-1, keepdim=True) + 1e-8))
+        self._project()
 
     @torch.no_grad()
     def deviations(self) -> dict[str, Tensor]:
