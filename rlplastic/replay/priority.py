@@ -179,7 +179,7 @@ def priorities_from_errors(td_error: Tensor, exponent: float, epsilon: float) ->
 
 
 def importance_weights(probabilities: Tensor, transitions: int, exponent: float) -> Tensor:
-    """(N P(i))^-beta divided by the largest of the batch, float32 (n,): factors of the losses, in (0, 1].
+    """(N P(i))^-beta divided by the largest of the batch, float32 (n,): factors of the losses, in [0, 1].
 
     They undo the bias of drawing by priority, fully at beta = 1; the division only ever scales updates down.
 
