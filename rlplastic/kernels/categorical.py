@@ -138,7 +138,7 @@ def categorical_target_kernel(
     steps = tl.where(windowed, tl.ceil(2.0 / spacing) + 2.0, ATOMS + 0.0).to(tl.int32)
     origin = (_moved(-support, reward, discount, bonus) + support) * scale
     first = tl.minimum(tl.maximum(tl.floor((j - 1 - origin) / spacing), -ATOMS), ATOMS)
-    i = tl.where(windowed, first, 0.0).to(tl.int32)
+    i = tl.where(windowed & (origin == origin), first, 0.0).to(tl.int32)
     for _ in range(steps):
         source = inside & (i >= 0) & (i < ATOMS)
         x = tl.load(logits_ptr + i, mask=source, other=-float("inf"))
@@ -152,14 +152,14 @@ def categorical_target_kernel(
     tl.store(target_ptr + row * ATOMS + j, tl.where(broken, float("nan"), target), mask=inside)
 
 
+@torch.library.custom_op("rlplastic::categorical_target", mutates_args=())  # so that a compiled loss can call it
 def categorical_target_triton(
     logits: Tensor, reward: Tensor, discount: Tensor, bonus: Tensor, atoms: Tensor, support: float
 ) -> tuple[Tensor, Tensor]:
-    """`categorical_target` in one launch; float32 only, and a row with a NaN holds nothing else."""
+    """`categorical_target` in one launch: float32, without gradients; a row with a NaN holds nothing else."""
     members, rows, count = logits.shape
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-    target = torch.empty(rows, count, device=logits.device)
-    mean = torch.empty(rows, device=logits.device)
+    target, mean = logits.new_empty(rows, count), logits.new_empty(rows)
     categorical_target_kernel[(rows,)](
         logits,
         logits.stride(0),
@@ -179,3 +179,11 @@ def categorical_target_triton(
         enable_fp_fusion=False,  # positions round as in the reference: next to an atom that decides who gets the mass
     )
     return target, mean
+
+
+@categorical_target_triton.register_fake
+def _shapes(
+    logits: Tensor, reward: Tensor, discount: Tensor, bonus: Tensor, atoms: Tensor, support: float
+) -> tuple[Tensor, Tensor]:
+    _, rows, count = logits.shape
+    return logits.new_empty(rows, count), logits.new_empty(rows)
