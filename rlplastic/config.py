@@ -100,6 +100,21 @@ class ReplayConfig:
     """Transitions per update; published 512 and 2,048."""
     observation_dtype: str = "float32"
     """float32, float16 or bfloat16 storage of observations; batches are always float32."""
+    device: str = "learner"
+    """learner: in the learner's memory; pinned: in page-locked host memory, copied to the GPU batch by batch, the next
+    one while the learner works on this one."""
+    holdout: float = 0.0
+    """Share of whole episodes, chosen by key, that training never samples and validation can; a column's first episode
+    is never one of them."""
+    half_life: int | None = None
+    """Age in transitions at which a transition's weight in draws has halved ("replay decay", arXiv 2507.02712); None:
+    all transitions weigh the same, as published [F]."""
+    prioritised: bool = False
+    """Draw in proportion to the TD error instead of uniformly (arXiv 1511.05952)."""
+    priority_exponent: float = 0.6
+    """alpha of prioritised replay: 0 draws uniformly, 1 in proportion (arXiv 1511.05952)."""
+    importance_exponent: float = 0.4
+    """beta of prioritised replay: 1 corrects the bias of the draws fully (arXiv 1511.05952, its initial value)."""
 
 
 @dataclass
@@ -189,6 +204,8 @@ class Config:
     """auto, cpu, cuda or cuda:<index>."""
     precision: str = "auto"
     """float32, or bf16: products in bfloat16, all else in float32; auto: bf16 where the hardware multiplies it."""
+    kernels: str = "auto"
+    """triton, torch, or auto: Triton on a GPU where a probe kernel runs, torch elsewhere."""
     compile: str = "auto"
     """on, off, or auto: compile the update where a compiler works and the budget pays for it."""
     threads: int | None = None

@@ -64,8 +64,9 @@ def advance(session: Session) -> int:
     watch.lap("store")
 
     budget_used = session.budget.used(progress)
-    for _ in range(session.replay_ratio.due(progress)):
-        batch = session.sampler.sample(agent.updates, agent.reward_scale)
+    # While all that the replay holds is held out, updates wait.
+    due = session.replay_ratio.due(progress) if session.replay.transitions else 0
+    for batch in session.sampler.batches(agent.updates, due, agent.reward_scale):
         metrics = agent.update(batch, budget_used)
         session.guard.check_update(metrics, batch, agent.updates)
         session.metrics.add(metrics)

@@ -18,6 +18,7 @@ import torch
 
 from rlplastic.config import Config
 from rlplastic.errors import ConfigurationError, nearest
+from rlplastic.kernels import dispatch
 
 DEFAULT_MINUTES = 10.0
 COMPILE_PAYS_MINUTES = 3.0
@@ -25,7 +26,7 @@ COMPILE_PAYS_MINUTES = 3.0
 COMPILE_PAYS_STEPS = 50_000
 LARGE_GPU_GIGABYTES = 24.0
 """From here on a GPU gets the published replay of 10 M transitions (14.7 GB for Humanoid)."""
-MACHINE_KEYS = ("device", "threads", "env.threads", "precision", "compile")
+MACHINE_KEYS = ("device", "threads", "env.threads", "precision", "kernels", "compile")
 """Settings that belong to a machine and are chosen anew when a run is taken to another one."""
 FEW_CORES = 16
 """Below this a CPU gets small networks and batches."""
@@ -141,10 +142,9 @@ class _Settling:
         self.on_cpu = machine.device == "cpu"
         self.kind = f"{machine.cores} CPU cores" if self.on_cpu else machine.device_name
 
-    def settle(self, key: str, value: Setting, reason: str) -> None:
+    def settle(self, key: str, value: Setting, reason: str, warning: str = "") -> None:
         """Fill in one open (`None` or `auto`) setting; a given one is reported as given."""
         node, name = _locate(self.config, key)
-        warning = ""
         if getattr(node, name) in (None, "auto"):
             then = self.machine.settings.setdefault(key, value)
             if then != value:
@@ -168,6 +168,8 @@ class _Settling:
             self.settle("precision", "bf16", f"{machine.processor if self.on_cpu else machine.device_name} has {bf16}")
         else:
             self.settle("precision", "float32", f"no {bf16}")
+        kernels = dispatch.choose(config.kernels, config.device)
+        self.settle("kernels", kernels.name, kernels.reason, kernels.warning)
         minutes = config.max_minutes if config.max_minutes is not None else math.inf
         if self.on_cpu and machine.compiler is None:
             self.settle("compile", "off", "no C++ compiler found (install g++ to train faster)")
@@ -242,6 +244,7 @@ POSITIVE = (
     "replay.capacity",
     "replay.minimum",
     "replay.batch_size",
+    "replay.half_life",
     "schedule.horizon",
     "evaluation.episodes",
     "evaluation.final_episodes",
@@ -276,6 +279,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule.kind": ("budget", "horizon"),
     "monitor.mode": ("off",),
     "replay.observation_dtype": ("float32", "float16", "bfloat16"),
+    "replay.device": ("learner", "pinned"),
+    "kernels": ("auto", "triton", "torch"),
     "precision": ("auto", "float32", "bf16"),
     "compile": ("auto", "on", "off"),
     "resume": ("exact", "fresh"),
@@ -308,6 +313,14 @@ def check(config: Config) -> None:
             raise ConfigurationError(f"{key}={value} is out of range; expected a discount in [0, 1)")
     if not 0 < config.agent.target_rate <= 1:
         raise ConfigurationError(f"agent.target_rate={config.agent.target_rate} is out of range; expected (0, 1]")
+    for key in ("replay.priority_exponent", "replay.importance_exponent"):
+        node, name = _locate(config, key)
+        if not 0 <= getattr(node, name) <= 1:
+            raise ConfigurationError(f"{key}={getattr(node, name)} is out of range; expected a number in [0, 1]")
+    if not 0 <= config.replay.holdout <= 0.5:
+        raise ConfigurationError(
+            f"replay.holdout={config.replay.holdout} is out of range; expected a share of episodes in [0, 0.5]"
+        )
     if config.critic.num_atoms < 2:
         raise ConfigurationError(f"critic.num_atoms={config.critic.num_atoms} is too few; expected at least 2 atoms")
     if config.seed < 0:
@@ -322,6 +335,19 @@ def _check_sizes(config: Config) -> None:
     if batch > capacity:
         raise ConfigurationError(
             f"replay.batch_size={batch} is larger than replay.capacity={capacity}; lower the one or raise the other"
+        )
+    if config.replay.prioritised and config.replay.half_life is not None:
+        raise ConfigurationError(
+            "replay.prioritised and replay.half_life are two ways to draw; expected one of them, so leave one out"
+        )
+    if config.replay.device == "pinned" and config.replay.prioritised:
+        raise ConfigurationError(
+            "replay.prioritised keeps its priorities on the learner's device; expected replay.device=learner with it"
+        )
+    if config.replay.device == "pinned" and not config.device.startswith("cuda"):
+        raise ConfigurationError(
+            f"replay.device=pinned is for a learner on a GPU, but device={config.device}, whose memory is the host's "
+            "anyway; leave replay.device out"
         )
     if minimum > capacity:
         raise ConfigurationError(

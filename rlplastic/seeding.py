@@ -38,19 +38,22 @@ def generator(device: torch.device | str, seed: int, stream: str, step: int) -> 
     return torch.Generator(device=device).manual_seed(key(seed, stream, step))
 
 
-def philox(counter: Tensor, high: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(counter: Tensor, high: Tensor | int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 of the 128-bit counters ``(counter, high)`` under the 64-bit key ``seed``.
 
     Args:
-        counter: int64 (n,), the low 64 bits of each counter (bits above 2**63 as the sign).
-        high: the upper 64 bits, the same for all, non-negative.
+        counter: int64, the low 64 bits of each counter (bits above 2**63 as the sign).
+        high: the upper 64 bits, non-negative; a tensor is broadcast against ``counter``.
         seed: the key.
 
     Returns:
-        Four int64 tensors (n,), each a word in [0, 2**32).
+        Four int64 tensors of the common shape, each a word in [0, 2**32).
     """
+    if isinstance(high, Tensor):
+        counter = counter + torch.zeros_like(high)
+    zeros = torch.zeros_like(counter)
     first, second = counter & _MASK, (counter >> 32) & _MASK  # the shift carries the sign bit along
-    third, fourth = torch.full_like(counter, high & _MASK), torch.full_like(counter, high >> 32)
+    third, fourth = zeros + (high & _MASK), zeros + (high >> 32)
     low_key, high_key = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
         # The products wrap modulo 2**64, which keeps all their bits; upper halves go with the next round's mask.
@@ -62,14 +65,23 @@ def philox(counter: Tensor, high: int, seed: int) -> tuple[Tensor, Tensor, Tenso
     return first, second & _MASK, third, fourth & _MASK
 
 
+def uniform_words(count: int, high: Tensor | int, seed: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """``count`` 64-bit fractions as upper and lower 32-bit words, a function of ``(high, seed)`` alone.
+
+    Both are int64 (count,), or (D, count) with ``high`` (D, 1).
+    """
+    pairs = (count + 1) // 2
+    words = philox(torch.arange(pairs, device=device), high, seed)
+    upper = torch.stack((words[0], words[2]), -1).flatten(-2)[..., :count]
+    lower = torch.stack((words[1], words[3]), -1).flatten(-2)[..., :count]
+    return upper, lower
+
+
 def uniform_integers(count: int, bound: Tensor | int, high: int, seed: int, device: torch.device | str) -> Tensor:
     """``count`` int64 integers in [0, bound), a function of ``(high, seed)`` alone.
 
     A 64-bit fraction u is mapped to floor(u * bound / 2**64), which is uniform to within one part in
     2**64 / bound. ``bound`` (below 2**31) may be a tensor on ``device``: then nothing synchronises with the host.
     """
-    pairs = (count + 1) // 2
-    words = philox(torch.arange(pairs, device=device), high, seed)
-    upper = torch.stack((words[0], words[2]), 1).reshape(-1)[:count]
-    lower = torch.stack((words[1], words[3]), 1).reshape(-1)[:count]
+    upper, lower = uniform_words(count, high, seed, device)
     return (upper * bound + ((lower * bound) >> 32)) >> 32

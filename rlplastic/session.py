@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,8 @@ from rlplastic.envs.episodes import EpisodeStatistics
 from rlplastic.errors import ConfigurationError, NonFiniteError, SegmentMissingError
 from rlplastic.guards import Guard
 from rlplastic.progress import Budget, MetricMeans, Progress, ReplayRatio, Stopwatch
-from rlplastic.replay.ring import ReplayRing
-from rlplastic.replay.sample import Sampler
+from rlplastic.replay import Holdout, Prioritisation, ReplayRing, Sampler
+from rlplastic.replay.prefetch import PrefetchingSampler
 from rlplastic.run_directory import RunDirectory
 
 MAX_SEGMENTS = 128
@@ -57,7 +58,7 @@ class Session:
     envs: VectorEnv
     agent: Agent
     replay: ReplayRing
-    sampler: Sampler
+    sampler: Sampler | PrefetchingSampler
     episodes: EpisodeStatistics
     guard: Guard
     budget: Budget
@@ -247,22 +248,46 @@ def build(config: Config, directory: RunDirectory, make_agent: Callable[..., Age
         raise
 
 
-def _build(
-    config: Config, directory: RunDirectory, make_agent: Callable[..., Agent], store: CheckpointStore, envs: VectorEnv
-) -> Session:
+def _replay(config: Config, envs: VectorEnv) -> tuple[ReplayRing, Sampler | PrefetchingSampler]:
     settings = config.replay
-    assert settings.capacity and settings.batch_size and settings.minimum and config.replay_ratio
-    assert config.agent.gamma is not None
-    replay = ReplayRing(
+    assert settings.capacity and settings.batch_size and config.agent.gamma is not None
+    pinned = settings.device == "pinned"
+    kernels = "auto" if pinned or config.kernels == "torch" else config.kernels
+    ring = ReplayRing(
         settings.capacity,
         envs.num_envs,
         envs.observation_dims,
         envs.action_dim,
         envs.autoreset,
         settings.observation_dtype,
-        config.device,
+        "cpu" if pinned else config.device,
+        holdout=Holdout(settings.holdout, config.seed) if settings.holdout else None,
+        prioritised=settings.prioritised,
+        kernels=kernels,
+        pinned=pinned,
     )
-    sampler = Sampler(replay, settings.batch_size, config.agent.n_step, config.agent.gamma, config.seed)
+    exponents = Prioritisation(settings.priority_exponent, settings.importance_exponent)
+    make = partial(
+        Sampler,
+        ring,
+        settings.batch_size,
+        config.agent.n_step,
+        config.agent.gamma,
+        config.seed,
+        half_life=settings.half_life,
+        prioritisation=exponents if settings.prioritised else None,
+        kernels=kernels,
+        pinned=pinned,
+    )
+    return ring, PrefetchingSampler(make, config.device) if pinned else make()
+
+
+def _build(
+    config: Config, directory: RunDirectory, make_agent: Callable[..., Agent], store: CheckpointStore, envs: VectorEnv
+) -> Session:
+    settings = config.replay
+    assert settings.minimum and config.replay_ratio
+    replay, sampler = _replay(config, envs)
     try:
         agent = make_agent(config, envs.observation_dims, envs.action_dim)
     except (RuntimeError, MemoryError) as error:

@@ -19,7 +19,7 @@ from rlplastic.initialisation import initialise
 from rlplastic.loop import train
 from rlplastic.presets import MACHINE_KEYS, Choice, Machine, machine_from, probe_machine, resolve
 from rlplastic.progress import Budget, Progress
-from rlplastic.replay.ring import ReplayRing
+from rlplastic.replay import memory
 from rlplastic.reporting import Reporter
 from rlplastic.run_directory import RunDirectory, default_name
 from rlplastic.session import Session, build
@@ -170,10 +170,9 @@ def describe(session: Session, choices: Iterable[Choice]) -> list[tuple[str, str
     """The start-up banner: what was decided, and why."""
     config, envs, replay = session.config, session.envs, session.replay
     assert config.replay.batch_size and config.replay_ratio and config.replay.capacity
-    row = ReplayRing.bytes_per_transition(envs.observation_dims, envs.action_dim, config.replay.observation_dtype)
-    total = ReplayRing.memory_bytes(
-        config.replay.capacity, envs.num_envs, envs.observation_dims, envs.action_dim, config.replay.observation_dtype
-    )
+    queues = 1 if replay.holdout is None else 2
+    row = memory.bytes_per_transition(replay.layout, queues)
+    total = memory.memory_bytes(config.replay.capacity, envs.num_envs, replay.layout, queues, config.replay.prioritised)
     groups = ", ".join(f"{group} {dim}" for group, dim in envs.observation_dims.items())
     budget = " or ".join(
         part
@@ -190,7 +189,6 @@ def describe(session: Session, choices: Iterable[Choice]) -> list[tuple[str, str
         ("seed", str(config.seed), "training, evaluation and every rebuild use different streams of it"),
         ("budget", budget, "whichever comes first" if " or " in budget else "then a final evaluation"),
         ("schedule", config.schedule.kind, f"learning rates follow half a cosine over {horizon}"),
-        ("kernels", "torch", "the reference implementation"),
         (
             "replay memory",
             f"{total / 1e6:,.0f} MB",

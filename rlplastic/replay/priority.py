@@ -197,10 +197,7 @@ def uniform_fractions(count: int, high: int, seed: int, device: torch.device | s
 
     They are made of the same words as `rlplastic.seeding.uniform_integers`, so the two need different seeds.
     """
-    pairs = (count + 1) // 2
-    words = seeding.philox(torch.arange(pairs, device=device), high, seed)
-    upper = torch.stack((words[0], words[2]), 1).reshape(-1)[:count]
-    lower = torch.stack((words[1], words[3]), 1).reshape(-1)[:count]
+    upper, lower = seeding.uniform_words(count, high, seed, device)
     return ((upper << 21) | (lower >> 11)).double() * 2.0**-53
 
 

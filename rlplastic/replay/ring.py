@@ -11,7 +11,8 @@ column. So each column has a circular queue of the slots of its transitions, old
 becomes a transition, and leaves when its slot is overwritten. Slots are overwritten in the order of their rows, so the
 transition that leaves is the oldest of its column: the queue's front. Pushing and popping are therefore two counters,
 no entry ever moves, and after every write the queue lists exactly the VALID rows of its column, each once. A queue of T
-entries never overflows: one of the T slots is the head.
+entries never overflows: one of the T slots is the head. Transitions of held-out episodes have a queue of their own, of
+which the same holds.
 
 Why draws are uniform. Number all transitions 0 .. total - 1, column after column, each column in queue order; by the
 above this numbering is a bijection. A rank drawn uniformly from [0, total) thus selects each transition with
@@ -22,10 +23,7 @@ probability differs from 1 / total by a relative total / 2**64 at most, under 2e
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -33,35 +31,38 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlplastic.envs.base import AutoresetMode, Observation, Step
-from rlplastic.errors import CheckpointError, ConfigurationError, nearest
+from rlplastic.errors import CheckpointError
+from rlplastic.kernels.replay_insert import StagedInsertion, insert_numpy, insert_torch, upload
+from rlplastic.kernels.replay_tensors import HELD_OUT, TERMINATED, TRUNCATED, VALID, Insertion, ReplayTensors
+from rlplastic.replay.holdout import Holdout
+from rlplastic.replay.layout import RowLayout
+from rlplastic.replay.memory import check_memory, slots_for
+from rlplastic.replay.priority import SumTree
 
 Integers = NDArray[np.int64]
 
-VALID, TERMINATED, TRUNCATED = 1, 2, 4
-"""Bits of a row's flags; a row without VALID has no other bit either."""
-
-OBSERVATION_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 _EXPORTED_AT_ONCE = 1 << 18
-_USABLE = 0.9
-"""The share of the available memory that replay may take; the learner needs the rest."""
+WRITERS: dict[str, Callable[[ReplayTensors], Callable[[Insertion], None]]] = {
+    "numpy": lambda tensors: lambda step: insert_numpy(tensors, step),
+    "torch": lambda tensors: lambda step: insert_torch(tensors, step),
+    "triton": StagedInsertion,
+}
+"""How a vector step is written, by `ReplayRing`'s ``kernels``."""
 
 
 class ReplayRing:
-    """Storage of N columns of T = ceil(capacity / N) + 1 slots, on the learner's device.
+    """Storage of N columns of T = ceil(capacity / N) + 1 slots, on the learner's device or in the host's memory.
 
-    Writing copies from the host to the device and never waits for the device. All bookkeeping that decides anything
-    lives on the host; the device holds what a draw reads: ``queue``, ``cumulative`` and ``offset``.
+    Writing never waits for the device. All bookkeeping that decides anything lives on the host; the device holds what a
+    draw reads.
 
     Attributes:
-        observation: groups of (T, N, D) in the storage dtype. float16 and bfloat16 clamp values beyond their range
-            to their largest finite number, since an infinity would poison every batch it is drawn into.
-        action: (T, N, A) float32; reward: (T, N) float32; flags: (T, N) uint8, VALID | TERMINATED | TRUNCATED.
-        queue: (T, N) int32, the slots of each column's transitions in a circle.
-        cumulative: (N,) int64, transitions in columns 0 .. n.
-        offset: (N,) int64; the transition of rank r in column n is ``queue[(offset[n] + r) % T, n]``.
+        tensors: the storage and the index, as kernels see them.
+        layout: where in a row each observation group and the action lie.
         written: (N,) int64 on the host, rows ever completed in each column (the head is not complete).
-        transitions: rows that can be sampled now, a host integer.
+        transitions: rows that training can sample now, a host integer.
+        held_out: rows that only validation can sample now.
+        priorities: of all rows, 0 where training cannot sample; None if not asked for.
     """
 
     def __init__(
@@ -73,86 +74,66 @@ class ReplayRing:
         autoreset: AutoresetMode,
         observation_dtype: str = "float32",
         device: torch.device | str = "cpu",
+        *,
+        holdout: Holdout | None = None,
+        prioritised: bool = False,
+        kernels: str = "auto",
+        pinned: bool = False,
     ) -> None:
         """Check the memory, then allocate all of it.
+
+        Args:
+            capacity: transitions kept, at least.
+            num_envs: N.
+            observation_dims: width of each observation group.
+            action_dim: A.
+            autoreset: how the environments restart.
+            observation_dtype: storage of observations, a name in `layout.OBSERVATION_DTYPES`.
+            device: where it lies.
+            holdout: which episodes training never samples; None: it samples all.
+            prioritised: keep priorities of what training can sample.
+            kernels: a name in `WRITERS`; auto: numpy on a CPU, torch elsewhere.
+            pinned: page-locked host memory, from which a GPU can copy without waiting.
 
         Raises:
             ConfigurationError: a size below 1, an unknown dtype, or more than fits (see `check_memory`).
         """
-        self.check_memory(capacity, num_envs, observation_dims, action_dim, observation_dtype, device)
-        self.capacity, self.num_envs, self.num_slots = capacity, num_envs, _num_slots(capacity, num_envs)
+        self.layout = RowLayout(observation_dims, action_dim, observation_dtype)
+        queues = 1 if holdout is None else 2
+        check_memory(capacity, num_envs, self.layout, queues, prioritised, device)
+        self.capacity, self.num_envs, self.num_slots = capacity, num_envs, slots_for(capacity, num_envs)
         self.observation_dims, self.action_dim = dict(observation_dims), action_dim
-        self.autoreset, self.device = autoreset, torch.device(device)
-        shape = (self.num_slots, num_envs)
-        dtype = OBSERVATION_DTYPES[observation_dtype]
-        self.observation = {
-            group: torch.zeros(*shape, dim, dtype=dtype, device=self.device) for group, dim in observation_dims.items()
-        }
-        self.action = torch.zeros(*shape, action_dim, device=self.device)
-        self.reward = torch.zeros(shape, device=self.device)
+        self.autoreset, self.device, self.holdout = autoreset, torch.device(device), holdout
+        rows = self.num_slots * num_envs
+        storage = torch.zeros(rows, self.layout.row_bytes, dtype=torch.uint8, device=self.device, pin_memory=pinned)
+        observation, action = self.layout.stored(storage)
         # The host's copy of the flags decides evictions; on a CPU it is the same memory as the tensor.
-        self._flags = np.zeros(shape, np.uint8)
-        host_flags = torch.from_numpy(self._flags)
-        self.flags = host_flags if self.device.type == "cpu" else host_flags.to(self.device)
-        self.queue = torch.zeros(shape, dtype=torch.int32, device=self.device)
-        self._index = torch.zeros(2, num_envs, dtype=torch.int64, device=self.device)
-        self.cumulative, self.offset = self._index.unbind(0)
+        self._flags = np.zeros(rows, np.uint8)
+        self.tensors = ReplayTensors(
+            storage=storage,
+            observation=observation,
+            action=action,
+            reward=torch.zeros(rows, device=self.device),
+            flags=upload(self._flags, self.device),
+            queue=torch.zeros(queues, self.num_slots, num_envs, dtype=torch.int32, device=self.device),
+            index=torch.zeros(queues, 2, num_envs, dtype=torch.int64, device=self.device),
+            groups=self.layout.groups,
+            action_dim=action_dim,
+            num_slots=self.num_slots,
+            num_envs=num_envs,
+        )
+        if kernels == "auto":
+            kernels = "numpy" if self.device.type == "cpu" else "torch"
+        self._insert = WRITERS[kernels](self.tensors)
+        self.priorities = SumTree(rows, self.device) if prioritised else None
         self.written = np.zeros(num_envs, np.int64)
-        self.transitions = 0
-        self._pushed, self._popped = np.zeros(num_envs, np.int64), np.zeros(num_envs, np.int64)
+        self.transitions = self.held_out = 0
+        self._pushed, self._popped = np.zeros((queues, num_envs), np.int64), np.zeros((queues, num_envs), np.int64)
         self._columns = np.arange(num_envs)
         self._started = False
-        self._in_step = True  # whether all heads are in the same slot, so that a write is one contiguous row
-
-    # Memory
-
-    @staticmethod
-    def bytes_per_transition(observation_dims: Mapping[str, int], action_dim: int, observation_dtype: str) -> int:
-        """Bytes of one row: observations, action and reward in float32, one byte of flags, four of the queue."""
-        return sum(observation_dims.values()) * _dtype(observation_dtype).itemsize + 4 * action_dim + 4 + 1 + 4
-
-    @staticmethod
-    def memory_bytes(
-        capacity: int, num_envs: int, observation_dims: Mapping[str, int], action_dim: int, observation_dtype: str
-    ) -> int:
-        """Bytes of all tensors that a ring of these sizes puts on its device."""
-        rows = _num_slots(capacity, num_envs) * num_envs
-        return rows * ReplayRing.bytes_per_transition(observation_dims, action_dim, observation_dtype) + 16 * num_envs
-
-    @staticmethod
-    def check_memory(
-        capacity: int,
-        num_envs: int,
-        observation_dims: Mapping[str, int],
-        action_dim: int,
-        observation_dtype: str,
-        device: torch.device | str,
-    ) -> int:
-        """`memory_bytes`, after checking that it is at most nine tenths of what is available on ``device``.
-
-        Raises:
-            ConfigurationError: it does not fit; the message names the largest capacity that does.
-        """
-        sizes = {"capacity": capacity, "num_envs": num_envs, "action_dim": action_dim, **observation_dims}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ConfigurationError(f"the replay's {name} is {size}; expected at least 1, so set a larger one")
-        if _num_slots(capacity, num_envs) * num_envs >= 2**31:
-            raise ConfigurationError(
-                f"a replay of {capacity:,} transitions is beyond what the index counts; set replay.capacity below 2**31"
-            )
-        needed = ReplayRing.memory_bytes(capacity, num_envs, observation_dims, action_dim, observation_dtype)
-        available = available_memory(torch.device(device))
-        usable = int(_USABLE * available)
-        if needed > usable:
-            row = ReplayRing.bytes_per_transition(observation_dims, action_dim, observation_dtype) * num_envs
-            largest = max(0, (usable - 16 * num_envs) // row - 1) * num_envs
-            raise ConfigurationError(
-                f"a replay of {capacity:,} transitions needs {needed / 1e9:.2f} GB but {device} has "
-                f"{available / 1e9:.2f} GB available, of which a tenth is left to the learner; set replay.capacity to "
-                f"at most {largest} or store observations as float16"
-            )
-        return needed
+        self._in_step = True  # whether all heads are in the same slot, so that a write is one contiguous block
+        self._episodes = np.zeros(num_envs, np.int64)
+        self._held = np.zeros(num_envs, np.int64)  # queue of the episode that each column is in
 
     # Writing
 
@@ -163,13 +144,13 @@ class ReplayRing:
         transition before it keeps its next observation.
         """
         if self._started:
-            at = self._locate(self._columns)
-            for storage in (self.action, self.reward):  # the earlier lap's values are in no checkpoint
-                _write(storage, at, torch.zeros(self.num_envs, *storage.shape[2:], device=self.device))
-            self._advance(self._columns)
-        self._started = True
-        self._write_observation(self._columns, observation)
-        self._publish()
+            self._next_episode(self._columns)
+        else:  # there is no head yet: what this completes is the slot before the first
+            self.written -= 1
+            self._started = True
+        action, reward = np.zeros((self.num_envs, self.action_dim), np.float32), np.zeros(self.num_envs, np.float32)
+        never = np.zeros(self.num_envs, np.bool_)
+        self._write(action, reward, never.astype(np.uint8), never, self._columns[:0], None, observation)
 
     def add(self, action: NDArray[np.float32], step: Step, valid: NDArray[np.bool_]) -> None:
         """Complete the head row of every column with what the environments answered, and open the next one.
@@ -180,91 +161,105 @@ class ReplayRing:
                 own where an episode ended, before the reset observation.
             valid: (N,), False where the row is no transition (the reset row of NEXT_STEP).
         """
-        at = self._locate(self._columns)
-        _write(self.action, at, self._upload(action))
-        _write(self.reward, at, self._upload(step.reward))
-        flags = (VALID + TERMINATED * step.terminated + TRUNCATED * step.truncated) * valid
-        self._set_flags(self._columns, flags.astype(np.uint8))
-        self._push(valid)
-        self._advance(self._columns)
-        done = step.terminated | step.truncated
-        if self.autoreset is AutoresetMode.SAME_STEP and done.any():
-            self._add_final(np.flatnonzero(done), step)
-        else:
-            self._write_observation(self._columns, step.observation)
-        self._publish()
+        flags = np.multiply(step.terminated, TERMINATED, dtype=np.uint8)
+        flags |= np.multiply(step.truncated, TRUNCATED, dtype=np.uint8)
+        ended = flags.nonzero()[0]
+        flags |= VALID
+        if self.holdout is not None:
+            flags |= self._held.astype(np.uint8) * np.uint8(HELD_OUT)
+        flags *= valid
+        final = None
+        if self.autoreset is AutoresetMode.SAME_STEP and len(ended):
+            final = {group: step.info["final_observation"][group][ended] for group in self.observation_dims}
+        self._write(action, step.reward, flags, valid, ended, final, step.observation)
+        if len(ended):
+            self._next_episode(ended)
 
-    def _add_final(self, ended: Integers, step: Step) -> None:
-        """Store the final observations in rows of their own; the heads of the ``ended`` columns move once more."""
-        newest = {group: step.observation[group].copy() for group in self.observation}
-        for group, array in newest.items():
-            array[ended] = step.info["final_observation"][group][ended]
-        self._write_observation(self._columns, newest)
-        self._advance(ended)
-        self._write_observation(ended, {group: step.observation[group][ended] for group in self.observation})
+    def _write(
+        self,
+        action: NDArray[np.float32],
+        reward: NDArray[np.float32],
+        flags: NDArray[np.uint8],
+        valid: NDArray[np.bool_],
+        ended: Integers,
+        final: Observation | None,
+        observation: Observation,
+    ) -> None:
+        """Complete the heads, open a row for ``final`` observations where episodes ``ended`` so, open new heads."""
+        row = self._heads()
+        self._flags[row] = flags
+        entry, slot = self._push(valid)
+        finals = [] if final is None else [(self._open(ended), final)]
+        heads = self._open(self._columns)
+        index = self._publish()
+        opened = (*finals, (heads, observation))
+        self._insert(Insertion(row, action, reward, flags, entry, slot, opened, index))
+        if self.priorities is not None:
+            entered = flags & (VALID | HELD_OUT) == VALID
+            self.priorities.add_new(self._upload(_numbers(row)[entered]))
+            for rows, _ in opened:
+                self.priorities.clear(self._upload(_numbers(rows)))
 
-    def _advance(self, columns: Integers) -> None:
-        """Move the heads of ``columns`` to their next slot and evict what is in it."""
+    def _heads(self) -> slice | Integers:
+        """The flat rows of all heads: neighbours while all columns are in the same slot."""
+        if self._in_step:
+            first = int(self.written[0]) % self.num_slots * self.num_envs
+            return slice(first, first + self.num_envs)
+        return self.written % self.num_slots * self.num_envs + self._columns
+
+    def _open(self, columns: Integers) -> slice | Integers:
+        """Move the heads of ``columns`` to their next slot and evict what is in it; returns the rows."""
         self.written[columns] += 1
-        self._in_step = len(columns) == self.num_envs and self._in_step
-        if not self._in_step:
+        whole = len(columns) == self.num_envs
+        if not (whole and self._in_step):
             self._in_step = bool((self.written == self.written[0]).all())
-        slots = self.written[columns] % self.num_slots
-        self._popped[columns] += self._flags[slots, columns] & VALID
-        self._set_flags(columns, np.zeros(len(columns), np.uint8))
+        rows = self._heads() if whole else self.written[columns] % self.num_slots * self.num_envs + columns
+        evicted = self._flags[rows]
+        if evicted.any():
+            held = evicted & HELD_OUT != 0
+            for queue, mine in enumerate((~held, held)[: len(self._popped)]):
+                self._popped[queue, columns] += evicted & VALID & mine
+            self._flags[rows] = 0
+        return rows
 
-    def _push(self, valid: NDArray[np.bool_]) -> None:
-        """Enter the head rows into the queues where ``valid``.
+    def _push(self, valid: NDArray[np.bool_]) -> tuple[Integers, NDArray[np.int32]]:
+        """Enter the head rows into their queues where ``valid``; returns places in the flat queues, and slots.
 
         Every column writes behind its queue's end; only where the count grows does the entry become part of it.
         """
-        behind = self._pushed % self.num_slots * self.num_envs + self._columns
         slots = (self.written % self.num_slots).astype(np.int32)
-        self.queue.flatten().index_copy_(0, self._upload(behind), self._upload(slots))
-        self._pushed += valid
+        if self.holdout is None:
+            entry = self._pushed[0] % self.num_slots * self.num_envs + self._columns
+            self._pushed[0] += valid
+        else:
+            pushed = self._pushed[self._held, self._columns]
+            entry = (self._held * self.num_slots + pushed % self.num_slots) * self.num_envs + self._columns
+            self._pushed[self._held, self._columns] += valid
+        return entry, slots
 
-    def _publish(self) -> None:
-        """Bring ``transitions`` and the device's view of the queues up to date."""
+    def _publish(self) -> Integers:
+        """The index (Q, 2, N) as it is now; also brings the counts of transitions up to date."""
         count = self._pushed - self._popped
-        cumulative = np.cumsum(count)
-        self.transitions = int(cumulative[-1])
-        self._index.copy_(self._upload(np.stack((cumulative, self._popped - (cumulative - count)))))
+        cumulative = np.cumsum(count, 1)
+        self.transitions = int(cumulative[0, -1])
+        self.held_out = int(cumulative[-1, -1]) if self.holdout is not None else 0
+        return np.stack((cumulative, self._popped - (cumulative - count)), 1)
 
-    def _locate(self, columns: Integers) -> int | Tensor:
-        """Where the heads of ``columns`` are: a slot if it is the same for all columns, else indices of flat rows."""
-        if self._in_step and len(columns) == self.num_envs:
-            return int(self.written[0] % self.num_slots)
-        return self._upload(self.written[columns] % self.num_slots * self.num_envs + columns)
-
-    def _write_observation(self, columns: Integers, observation: Observation) -> None:
-        at = self._locate(columns)
-        for group, storage in self.observation.items():
-            source = self._upload(observation[group])
-            if storage.dtype != torch.float32:
-                largest = torch.finfo(storage.dtype).max
-                source = source.clamp(-largest, largest)
-            _write(storage, at, source)
-
-    def _set_flags(self, columns: Integers, flags: NDArray[np.uint8]) -> None:
-        """Set the head rows' flags on the host and, where that is other memory, on the device."""
-        self._flags[self.written[columns] % self.num_slots, columns] = flags
-        if self.device.type != "cpu":
-            _write(self.flags, self._locate(columns), self._upload(flags))
-
-    def _upload(self, array: NDArray[Any]) -> Tensor:
-        """``array`` on the ring's device, without waiting; on a CPU it shares the array's memory."""
-        tensor = torch.from_numpy(np.require(array, requirements=("C", "W")))
-        # A pinned block goes back to its pool only after the copy has left it, so no buffer is overwritten too early.
-        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+    def _next_episode(self, columns: Integers) -> None:
+        """Count the episodes that begin in ``columns``, and decide whether they are held out."""
+        if self.holdout is not None:
+            self._episodes[columns] += 1
+            for column in columns.tolist():
+                self._held[column] = self.holdout.takes(column, int(self._episodes[column]))
 
     # Persistence
 
     def clear(self) -> None:
         """Forget all rows, so that segments can be imported."""
         self._flags[:] = 0
-        for counter in (self.written, self._pushed, self._popped):
+        for counter in (self.written, self._pushed, self._popped, self._episodes, self._held):
             counter[:] = 0
-        self.transitions, self._started, self._in_step = 0, False, True
+        self.transitions, self.held_out, self._started, self._in_step = 0, 0, False, True
 
     def export_rows(self, start: Integers, stop: Integers) -> dict[str, Tensor]:
         """Rows [start_n, stop_n) of every column n, cut to what is still in the ring, column after column.
@@ -282,7 +277,7 @@ class ReplayRing:
         # In pieces: gathered at once, the rows of a full ring would need its memory a second time on the device.
         pieces = torch.split(self._upload(self._flat_rows(start, stop)), _EXPORTED_AT_ONCE)
         rows = {
-            name: torch.cat([storage.flatten(0, 1).index_select(0, piece).cpu() for piece in pieces])
+            name: torch.cat([storage.index_select(0, piece).cpu() for piece in pieces])
             for name, storage in self._storages().items()
         }
         return {"start": torch.from_numpy(start), "stop": torch.from_numpy(stop), **rows}
@@ -297,7 +292,7 @@ class ReplayRing:
         storages = self._storages()
         total = int((stop - start).sum())
         if start.shape != self.written.shape or any(
-            tensors[name].shape != (total, *storage.shape[2:]) or tensors[name].dtype != storage.dtype
+            tensors[name].shape != (total, *storage.shape[1:]) or tensors[name].dtype != storage.dtype
             for name, storage in storages.items()
         ):
             raise CheckpointError(
@@ -314,18 +309,23 @@ class ReplayRing:
         rows = self._flat_rows(start, stop)
         index = self._upload(rows)
         for name, storage in storages.items():
-            storage.flatten(0, 1).index_copy_(0, index, tensors[name].to(self.device))
-        self._flags.reshape(-1)[rows] = tensors["flags"].numpy()
+            storage.index_copy_(0, index, tensors[name].to(self.device))
+        self._flags[rows] = tensors["flags"].numpy()
         self.written = stop.copy()
 
     def export_head(self) -> dict[str, Tensor]:
-        """CPU tensors: the cursors ``written`` (N,) int64 and each column's newest ``observation.<group>`` (N, D)."""
+        """CPU tensors: each column's ``written`` rows and ``episodes`` (N,) int64, ``observation.<group>`` (N, D)."""
         index = self._upload(self.written % self.num_slots * self.num_envs + self._columns)
         heads = {
-            f"observation.{group}": storage.flatten(0, 1).index_select(0, index).cpu()
-            for group, storage in self.observation.items()
+            name: storage.index_select(0, index).cpu()
+            for name, storage in self._storages().items()
+            if name.startswith("observation.")
         }
-        return {"written": torch.from_numpy(self.written.copy()), **heads}
+        counters = {"written": self.written, "episodes": self._episodes}
+        heads |= {name: torch.from_numpy(counter.copy()) for name, counter in counters.items()}
+        if self.priorities is not None:
+            heads |= {f"tree.{name}": tensor.cpu() for name, tensor in self.priorities.state_dict().items()}
+        return heads
 
     def import_head(self, tensors: Mapping[str, Tensor]) -> None:
         """Finish an import: place the heads and rebuild the queues in time order, so that draws go on bit for bit.
@@ -344,77 +344,77 @@ class ReplayRing:
         self._forget(self.written, written + 1)
         self.written, self._started = written.copy(), True
         self._in_step = bool((written == written[0]).all())
+        self._episodes = tensors["episodes"].numpy().copy()
+        if self.holdout is not None:
+            for column, episode in enumerate(self._episodes.tolist()):
+                self._held[column] = self.holdout.takes(column, episode)
         index = self._upload(written % self.num_slots * self.num_envs + self._columns)
-        for group, storage in self.observation.items():
-            storage.flatten(0, 1).index_copy_(0, index, tensors[f"observation.{group}"].to(self.device))
+        for name, storage in self._storages().items():
+            if name.startswith("observation."):
+                storage.index_copy_(0, index, tensors[name].to(self.device))
         if self.device.type != "cpu":
-            self.flags.copy_(self._upload(self._flags))
+            self.tensors.flags.copy_(self._upload(self._flags))
         self._rebuild_queues()
-        self._publish()
+        self._restore_priorities(tensors)
 
     def _rebuild_queues(self) -> None:
         in_time = (self.written[:, None] + 1 + np.arange(self.num_slots)) % self.num_slots  # (N, T), oldest first
-        valid = (self._flags[in_time, self._columns[:, None]] & VALID).astype(bool)
-        self._pushed, self._popped = valid.sum(1), np.zeros(self.num_envs, np.int64)
-        columns, _ = np.nonzero(valid)
-        position = _ranges(np.zeros_like(self._pushed), self._pushed)
-        queue = np.zeros((self.num_slots, self.num_envs), np.int32)
-        queue[position, columns] = in_time[valid]
-        self.queue.copy_(self._upload(queue))
+        flags = self._flags[in_time * self.num_envs + self._columns[:, None]]
+        held = flags & HELD_OUT != 0
+        if self.holdout is None and held.any():
+            raise CheckpointError(
+                "the replay has held-out episodes but this run holds out none; expected the replay.holdout that wrote "
+                "it, so restore that or leave replay out of init_what"
+            )
+        self._popped[:] = 0
+        for queue, mine in enumerate((~held, held)[: len(self._popped)]):
+            valid = (flags & VALID != 0) & mine
+            self._pushed[queue] = valid.sum(1)
+            columns, _ = np.nonzero(valid)
+            slots = np.zeros((self.num_slots, self.num_envs), np.int32)
+            slots[_ranges(np.zeros_like(self._pushed[queue]), self._pushed[queue]), columns] = in_time[valid]
+            self.tensors.queue[queue].copy_(self._upload(slots))
+        self.tensors.index.copy_(self._upload(self._publish()))
+
+    def _restore_priorities(self, tensors: Mapping[str, Tensor]) -> None:
+        """Priorities as saved; rows of a replay that was saved without them all get the same."""
+        if self.priorities is None:
+            return
+        if "tree.priorities" in tensors:
+            state = {name: tensors[f"tree.{name}"] for name in ("priorities", "largest")}
+        else:
+            mine = self._flags & (VALID | HELD_OUT) == VALID
+            state = {"priorities": torch.from_numpy(mine.astype(np.float32)), "largest": torch.ones(())}
+        self.priorities.load_state_dict(state)
 
     def _forget(self, start: Integers, stop: Integers) -> None:
         """Clear the host's flags in the slots of rows [start_n, stop_n), whatever older rows are there."""
         if (start < stop).any():
             slots, last = np.arange(self.num_slots)[:, None], stop - 1
             newest = last - (last - slots) % self.num_slots  # (T, N), each slot's newest row up to the last
-            self._flags[newest >= start] = 0
+            self._flags.reshape(self.num_slots, self.num_envs)[newest >= start] = 0
 
     def _flat_rows(self, start: Integers, stop: Integers) -> Integers:
-        """Indices into flat storages of rows [start_n, stop_n), column after column."""
+        """Flat rows of rows [start_n, stop_n) of every column n, column after column."""
         columns = np.repeat(self._columns, stop - start)
         return _ranges(start, stop) % self.num_slots * self.num_envs + columns
 
+    def _upload(self, array: NDArray[np.generic]) -> Tensor:
+        return upload(array, self.device)
+
     def _storages(self) -> dict[str, Tensor]:
-        groups = {f"observation.{group}": storage for group, storage in self.observation.items()}
-        return {"action": self.action, "reward": self.reward, "flags": self.flags, **groups}
+        """What a row holds, by the name it has in a segment: views (R, ...)."""
+        tensors = self.tensors
+        groups = {f"observation.{group}": tensors.observation[:, part] for group, part in tensors.groups.items()}
+        return {
+            "action": tensors.action[:, : self.action_dim],
+            "reward": tensors.reward,
+            "flags": tensors.flags,
+        } | groups
 
 
-def available_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on ``device``: free GPU memory, or the kernel's estimate for the host.
-
-    A container's limit counts where it is lower. Where the kernel gives no estimate, the physical memory.
-    """
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return min(int(line.split()[1]) * 1024, _container_memory())
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _container_memory() -> int:
-    """What a control group (v2) leaves to this process; practically unlimited without one."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-    except (OSError, ValueError):
-        return 2**62
-
-
-def _num_slots(capacity: int, num_envs: int) -> int:
-    """T: enough for ``capacity`` transitions, and one slot for the head."""
-    return -(-capacity // num_envs) + 1
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in OBSERVATION_DTYPES:
-        raise ConfigurationError(
-            f"replay.observation_dtype is {name!r}; expected float32, float16 or bfloat16: "
-            f"{nearest(name, OBSERVATION_DTYPES)}"
-        )
-    return OBSERVATION_DTYPES[name]
+def _numbers(rows: slice | Integers) -> Integers:
+    return np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
 
 
 def _ranges(start: Integers, stop: Integers) -> Integers:
@@ -422,11 +422,3 @@ def _ranges(start: Integers, stop: Integers) -> Integers:
     length: Integers = stop - start
     shift: Integers = np.repeat(start - (np.cumsum(length) - length), length)
     return np.arange(len(shift), dtype=np.int64) + shift
-
-
-def _write(storage: Tensor, at: int | Tensor, source: Tensor) -> None:
-    """Copy ``source`` (n, ...) to one slot of a (T, N, ...) storage, or to the flat rows ``at``."""
-    if isinstance(at, int):
-        storage[at].copy_(source, non_blocking=True)
-    else:
-        storage.flatten(0, 1).index_copy_(0, at, source.to(storage.dtype))

@@ -6,23 +6,34 @@ after a row that terminated or truncated and before a row that is no transition 
 rebuild), so k is the number of rewards really summed, and a truncation bootstraps from its true final observation.
 n-step targets: Sutton, "Learning to predict by the methods of temporal differences", 1988; time limits: Pardo et al.,
 "Time limits in reinforcement learning", arXiv 1712.00378.
+
+Two options leave uniform draws, both off by default. *Recency*: the weight of a transition halves every ``half_life``
+transitions of age ("experience replay decay", Kang et al., arXiv 2507.02712, with an exponential). The column is drawn
+by its number of transitions, and the age within the column. *Priorities*: see `rlplastic.replay.priority`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rlplastic import seeding
 from rlplastic.errors import ConfigurationError
-from rlplastic.replay.ring import TERMINATED, TRUNCATED, VALID, ReplayRing
+from rlplastic.kernels.replay_sample import Draw, sample_numpy, sample_torch, sample_triton
+from rlplastic.replay.priority import importance_weights, priorities_from_errors, uniform_fractions
+from rlplastic.replay.ring import ReplayRing
+
+PRIORITY_EPSILON = 1e-6
+"""Added to every TD error, so that no transition is lost for ever (arXiv 1511.05952)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """B transitions on the ring's device, float32.
+    """B transitions on the learner's device, float32.
 
     The tensors are the sampler's own buffers: its next call overwrites them.
     """
@@ -38,7 +49,19 @@ class Batch:
     next_observation: dict[str, Tensor]
     """Groups of (B, D), k steps after ``observation``."""
     rows: Tensor
-    """(B, 2) int64, the (slot, column) that each transition came from; for diagnosis."""
+    """(B,) int64, where in the ring each transition lies: slot * num_envs + column."""
+    weight: Tensor | None = None
+    """(B,) factors of the losses that undo the bias of prioritised draws; None where there is none."""
+
+
+@dataclass(frozen=True)
+class Prioritisation:
+    """Exponents of prioritised replay (arXiv 1511.05952)."""
+
+    priority: float
+    """alpha: 0 draws uniformly, 1 in proportion to the TD error."""
+    importance: float
+    """beta: 1 corrects the bias fully."""
 
 
 class Sampler:
@@ -47,12 +70,71 @@ class Sampler:
     Draw d of a run is a function of (seed, rank, d) and the ring's content alone.
     """
 
-    def __init__(self, ring: ReplayRing, batch_size: int, n_step: int, gamma: float, seed: int, rank: int = 0) -> None:
+    def __init__(
+        self,
+        ring: ReplayRing,
+        batch_size: int,
+        n_step: int,
+        gamma: float,
+        seed: int,
+        rank: int = 0,
+        *,
+        held_out: bool = False,
+        half_life: float | None = None,
+        prioritisation: Prioritisation | None = None,
+        kernels: str = "auto",
+        pinned: bool = False,
+    ) -> None:
         """Allocate the buffers.
 
+        Args:
+            ring: what to draw from.
+            batch_size: B.
+            n_step: the most rewards to sum.
+            gamma: discount of one step.
+            seed: of the run.
+            rank: of this process.
+            held_out: draw from the held-out episodes instead of the others.
+            half_life: age in transitions at which a transition's weight has halved; None: all weigh the same.
+            prioritisation: draw by TD error; needs a ring with priorities.
+            kernels: numpy, torch or triton; auto: numpy on a CPU, torch elsewhere.
+            pinned: put the buffers into page-locked memory.
+
         Raises:
-            ConfigurationError: ``batch_size`` exceeds the ring's capacity, or ``n_step`` or ``batch_size`` is below 1.
+            ConfigurationError: ``batch_size`` exceeds the ring's capacity, ``n_step`` or ``batch_size`` is below 1, or
+                the ring lacks what is to be drawn from.
         """
+        self._check(ring, batch_size, n_step, held_out, half_life, prioritisation)
+        self.ring, self.batch_size, self.n_step, self.held_out = ring, batch_size, n_step, held_out
+        self.prioritisation, self.device = prioritisation, ring.device
+        if kernels == "auto":
+            kernels = "numpy" if ring.device.type == "cpu" else "torch"
+        self._kernels, self._key = kernels, seeding.key("held out" if held_out else "replay", seed, rank)
+        layout, device = ring.layout, ring.device
+        self.buffers = Draw(
+            ring=ring.tensors,
+            key=self._key,
+            queue=int(held_out),
+            powers=torch.tensor([gamma**k for k in range(n_step + 1)], device=device),
+            ages=None if half_life is None else _ages(half_life / ring.num_envs, ring.num_slots).to(device),
+            block=torch.zeros(2 * batch_size, layout.batch_size, device=device, pin_memory=pinned),
+            rows=torch.zeros(batch_size, dtype=torch.int64, device=device, pin_memory=pinned),
+            reward=torch.zeros(batch_size, device=device, pin_memory=pinned),
+            discount=torch.zeros(batch_size, device=device, pin_memory=pinned),
+        )
+        draw = self.buffers
+        self._number = torch.zeros((), dtype=torch.int64, device=device)
+        self._batch = batch_of(ring, draw.block, draw.reward, draw.discount, draw.rows)
+
+    @staticmethod
+    def _check(
+        ring: ReplayRing,
+        batch_size: int,
+        n_step: int,
+        held_out: bool,
+        half_life: float | None,
+        prioritisation: Prioritisation | None,
+    ) -> None:
         if not 1 <= batch_size <= ring.capacity:
             raise ConfigurationError(
                 f"replay.batch_size is {batch_size:,} but the replay holds {ring.capacity:,} transitions; "
@@ -62,36 +144,16 @@ class Sampler:
             raise ConfigurationError(
                 f"agent.n_step is {n_step}; expected at least 1, so set the number of steps to sum"
             )
-        self.ring, self.batch_size, self.n_step = ring, batch_size, n_step
-        self._key = seeding.key("replay", seed, rank)
-        device = ring.device
-        # Each transition's row, and after all of them the rows of their next observations, as flat indices.
-        self._flat = torch.empty(2 * batch_size, dtype=torch.int64, device=device)
-        self._rows = torch.empty(2, batch_size, dtype=torch.int64, device=device)
-        self._stored = {
-            group: torch.empty(2 * batch_size, dim, dtype=ring.observation[group].dtype, device=device)
-            for group, dim in ring.observation_dims.items()
-        }
-        observations = {
-            group: stored if stored.dtype == torch.float32 else torch.empty(stored.shape, device=device)
-            for group, stored in self._stored.items()
-        }
-        self._observations = observations
-        self._batch = Batch(
-            observation={group: both[:batch_size] for group, both in observations.items()},
-            action=torch.empty(batch_size, ring.action_dim, device=device),
-            reward=torch.empty(batch_size, device=device),
-            discount=torch.empty(batch_size, device=device),
-            next_observation={group: both[batch_size:] for group, both in observations.items()},
-            rows=self._rows.T,
-        )
-        self._powers = torch.tensor([gamma**k for k in range(n_step + 1)], device=device)
-        by_flags = [0.0 if bits & TERMINATED else gamma for bits in range(8)]
-        self._discount_of_flags = torch.tensor(by_flags, device=device)
-        self._ahead = torch.arange(n_step, device=device)[:, None] * ring.num_envs
+        if held_out and ring.holdout is None:
+            raise ConfigurationError("the replay holds out no episodes; expected some, so set replay.holdout above 0")
+        if prioritisation is not None and (ring.priorities is None or held_out or half_life is not None):
+            raise ConfigurationError(
+                "prioritised draws need a replay with priorities and go with neither held-out episodes nor "
+                "replay.half_life; expected one way to draw, so set only one"
+            )
 
     def sample(self, draw: int, reward_scale: Tensor | None = None) -> Batch:
-        """Batch number ``draw``: ``batch_size`` independent uniform transitions.
+        """Batch number ``draw``: ``batch_size`` independent transitions.
 
         Args:
             draw: non-negative; equal draws from an equal ring give equal batches.
@@ -100,59 +162,61 @@ class Sampler:
         Raises:
             ConfigurationError: the ring holds no transition yet.
         """
-        ring, size, batch = self.ring, self.batch_size, self._batch
-        if ring.transitions == 0:
+        if (self.ring.held_out if self.held_out else self.ring.transitions) == 0:
             raise ConfigurationError(
                 "the replay holds no transition to sample; expected at least one, so raise replay.minimum"
             )
-        ranks = seeding.uniform_integers(size, ring.cumulative[-1], draw, self._key, ring.device)
-        rows = self._locate(ranks)
-        following = self._flat[size:]
-        if self.n_step == 1:
-            self._one_step(rows, following)
+        given, weight = None, None
+        if self.prioritisation is not None:
+            given, weight = self._prioritised(draw, self.prioritisation)
+        if self._kernels == "triton":
+            self._number.fill_(draw)
+            sample_triton(self.buffers, self._number, reward_scale, given)
+        elif self._kernels == "torch":
+            sample_torch(self.buffers, draw, reward_scale, given)
         else:
-            self._many_steps(rows, following)
-        if reward_scale is not None:
-            batch.reward.mul_(reward_scale)
-        torch.index_select(ring.action.flatten(0, 1), 0, rows, out=batch.action)
-        for group, storage in ring.observation.items():
-            stored, observation = self._stored[group], self._observations[group]
-            torch.index_select(storage.flatten(0, 1), 0, self._flat, out=stored)
-            if stored is not observation:
-                observation.copy_(stored)
-        return batch
+            sample_numpy(self.buffers, draw, reward_scale, given)
+        if weight is None:
+            return self._batch
+        fields = {name: getattr(self._batch, name) for name in Batch.__slots__}
+        return Batch(**(fields | {"weight": weight}))
 
-    def _locate(self, ranks: Tensor) -> Tensor:
-        """Flat rows (B,) of the transitions with these ranks, as proved in `rlplastic.replay.ring`."""
-        ring, (slot, column) = self.ring, self._rows
-        torch.searchsorted(ring.cumulative, ranks, right=True, out=column)
-        position = ring.offset.index_select(0, column).add_(ranks).remainder_(ring.num_slots)
-        entry = torch.add(column, position, alpha=ring.num_envs)
-        slot.copy_(ring.queue.flatten().index_select(0, entry))
-        return torch.add(column, slot, alpha=ring.num_envs, out=self._flat[: self.batch_size])
+    def batches(self, first: int, count: int, reward_scale: Tensor | None = None) -> Iterator[Batch]:
+        """Draws ``first`` .. ``first + count - 1``, one after the other; see `sample`."""
+        for draw in range(first, first + count):
+            yield self.sample(draw, reward_scale)
 
-    def _one_step(self, rows: Tensor, following: Tensor) -> None:
-        """Reward and discount of one step; writes ``following``, the rows of the next observations."""
-        ring, batch = self.ring, self._batch
-        torch.add(rows, ring.num_envs, out=following).remainder_(ring.flags.numel())
-        torch.index_select(ring.reward.flatten(), 0, rows, out=batch.reward)
-        flags = ring.flags.flatten().index_select(0, rows).int()
-        torch.index_select(self._discount_of_flags, 0, flags, out=batch.discount)
+    def _prioritised(self, draw: int, exponents: Prioritisation) -> tuple[Tensor, Tensor]:
+        tree = self.ring.priorities
+        assert tree is not None, "checked in the constructor"
+        rows, chances = tree.draw(uniform_fractions(self.batch_size, draw, self._key, self.device))
+        return rows, importance_weights(chances, self.ring.transitions, exponents.importance)
 
-    def _many_steps(self, rows: Tensor, following: Tensor) -> None:
-        """The same for n steps: all n rows ahead are read at once, and those behind the first stop are masked."""
-        ring, batch = self.ring, self._batch
-        ahead = (rows + self._ahead).remainder_(ring.flags.numel())  # (n, B)
-        flat = ahead.flatten()
-        flags = ring.flags.flatten().index_select(0, flat).view(ahead.shape)
-        summed = (flags & VALID).bool()
-        summed[1:] &= (flags[:-1] & (TERMINATED | TRUNCATED)) == 0
-        summed = summed.cumprod(0).bool()
-        rewards = ring.reward.flatten().index_select(0, flat).view(ahead.shape)
-        # Masked by selection, not multiplication: what lies behind the stop may be anything.
-        rewards = rewards.where(summed, torch.zeros_like(rewards)).mul_(self._powers[:-1, None])
-        torch.sum(rewards, 0, out=batch.reward)
-        steps = summed.sum(0)
-        torch.index_select(self._powers, 0, steps, out=batch.discount)
-        batch.discount.masked_fill_((summed & (flags & TERMINATED).bool()).any(0), 0.0)
-        torch.add(rows, steps, alpha=ring.num_envs, out=following).remainder_(ring.flags.numel())
+    def reprioritise(self, rows: Tensor, td_error: Tensor) -> None:
+        """Give the drawn ``rows`` (B,) priorities by their new ``td_error`` (B,); nothing without prioritisation."""
+        if self.prioritisation is not None and self.ring.priorities is not None:
+            priorities = priorities_from_errors(td_error, self.prioritisation.priority, PRIORITY_EPSILON)
+            self.ring.priorities.set(rows, priorities)
+
+
+def batch_of(ring: ReplayRing, block: Tensor, reward: Tensor, discount: Tensor, rows: Tensor) -> Batch:
+    """A batch of views of ``block`` (2B, E + A') and of the other (B,) tensors that a draw writes."""
+    size, layout = len(block) // 2, ring.layout
+    return Batch(
+        observation={group: block[:size, part] for group, part in layout.groups.items()},
+        action=block[:size, layout.observation_size : layout.observation_size + ring.action_dim],
+        reward=reward,
+        discount=discount,
+        next_observation={group: block[size:, part] for group, part in layout.groups.items()},
+        rows=rows,
+    )
+
+
+def _ages(half_life: float, num_slots: int) -> Tensor:
+    """(T,) int64: entry a is the weight of ages 0 .. a, in units of which there are 2**31 - 1 in all.
+
+    Integers, so that every device and kernel finds the same age for the same random bits.
+    """
+    weights = np.exp2(-np.arange(num_slots, dtype=np.float64) / half_life)
+    cumulative = np.cumsum(weights)
+    return torch.from_numpy(np.floor(cumulative / cumulative[-1] * (2**31 - 1)).astype(np.int64).clip(1))

@@ -36,7 +36,7 @@ def batch_of(index: int = 0, dims: dict[str, int] = DIMS) -> Batch:
         reward=torch.randn(ROWS, generator=rng),
         discount=0.99 * (torch.rand(ROWS, generator=rng) < 0.8).float(),
         next_observation=groups(),
-        rows=torch.zeros(ROWS, 2, dtype=torch.int64),
+        rows=torch.zeros(ROWS, dtype=torch.int64),
     )
 
 

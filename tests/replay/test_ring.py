@@ -9,11 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from replay_oracle import Simulation
 
 from rlplastic.envs.base import AutoresetMode, Step
 from rlplastic.errors import CheckpointError, ConfigurationError
-from rlplastic.replay import Batch, ReplayRing, Sampler
-from rlplastic.replay import ring as ring_module
+from rlplastic.replay import Batch, ReplayRing, Sampler, memory
+from rlplastic.replay.holdout import Holdout
+from rlplastic.replay.layout import RowLayout
 
 NEXT_STEP, SAME_STEP = AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP
 
@@ -45,10 +47,10 @@ def everything(ring: ReplayRing) -> list[torch.Tensor]:
     seed=st.integers(0, 2**16),
 )
 def test_imported_replay_continues_bit_for_bit(
-    simulation: Any, num_envs: int, capacity: int, n_step: int, autoreset: AutoresetMode, dtype: str,
+    num_envs: int, capacity: int, n_step: int, autoreset: AutoresetMode, dtype: str,
     segments: list[int], rebuild: bool, at_once: bool, seed: int,
 ) -> None:  # fmt: skip
-    envs = simulation(num_envs, autoreset, np.random.default_rng(seed))
+    envs = Simulation(num_envs, autoreset, np.random.default_rng(seed))
     original, restored = (envs.ring(capacity, num_envs, autoreset, dtype) for _ in range(2))
     envs.begin(original)
     exports, exported = [], original.written.copy()
@@ -75,8 +77,8 @@ def test_imported_replay_continues_bit_for_bit(
         envs.step(original, restored)
 
 
-def filled(simulation: Any, steps: int, capacity: int = 12, num_envs: int = 2) -> ReplayRing:
-    envs = simulation(num_envs, NEXT_STEP, np.random.default_rng(0))
+def filled(steps: int, capacity: int = 12, num_envs: int = 2) -> ReplayRing:
+    envs = Simulation(num_envs, NEXT_STEP, np.random.default_rng(0))
     ring: ReplayRing = envs.ring(capacity, num_envs, NEXT_STEP)
     envs.begin(ring)
     for _ in range(steps):
@@ -84,8 +86,8 @@ def filled(simulation: Any, steps: int, capacity: int = 12, num_envs: int = 2) -
     return ring
 
 
-def test_export_is_cut_to_what_is_still_in_the_ring(simulation: Any) -> None:
-    ring = filled(simulation, steps=20)
+def test_export_is_cut_to_what_is_still_in_the_ring() -> None:
+    ring = filled(steps=20)
     rows = ring.export_rows(np.array([0, 17]), np.array([18, 99]))
     assert rows["start"].tolist() == [14, 17] and rows["stop"].tolist() == [18, 20]
     assert rows["observation.policy"].shape == (4 + 3, 3) and rows["reward"].shape == (7,)
@@ -94,19 +96,19 @@ def test_export_is_cut_to_what_is_still_in_the_ring(simulation: Any) -> None:
     assert gone["start"].tolist() == gone["stop"].tolist() == [14, 14] and gone["action"].shape == (0, 2)
 
 
-def test_rows_that_no_segment_covers_stay_invalid(simulation: Any) -> None:
-    source = filled(simulation, steps=6)
+def test_rows_that_no_segment_covers_stay_invalid() -> None:
+    source = filled(steps=6)
     ring = ReplayRing(12, 2, source.observation_dims, source.action_dim, NEXT_STEP)
     ring.import_rows(source.export_rows(np.array([4, 5]), source.written))
     ring.import_head(source.export_head())
-    valid = (source.flags.numpy() & 1).astype(bool)
+    valid = (source.tensors.flags.numpy() & 1).astype(bool).reshape(-1, 2)
     valid[:4, 0] = valid[:5, 1] = False
-    assert np.array_equal((ring.flags.numpy() & 1).astype(bool), valid)
+    assert np.array_equal((ring.tensors.flags.numpy() & 1).astype(bool).reshape(-1, 2), valid)
     assert ring.transitions == valid.sum()
 
 
-def test_a_missing_segment_leaves_its_rows_invalid_although_older_rows_were_in_their_slots(simulation: Any) -> None:
-    envs = simulation(1, NEXT_STEP, np.random.default_rng(0), end_probability=0.0)
+def test_a_missing_segment_leaves_its_rows_invalid_although_older_rows_were_in_their_slots() -> None:
+    envs = Simulation(1, NEXT_STEP, np.random.default_rng(0), end_probability=0.0)
     source, ring = (envs.ring(6, 1, NEXT_STEP) for _ in range(2))  # 7 slots
     envs.begin(source)
     for index in range(1, 13):
@@ -115,11 +117,11 @@ def test_a_missing_segment_leaves_its_rows_invalid_although_older_rows_were_in_t
             first = 0 if index == 6 else 9  # rows 6, 7 and 8 are missing: slots 6, 0 and 1, where rows 0 and 1 were
             ring.import_rows(source.export_rows(np.array([first]), source.written))
     ring.import_head(source.export_head())
-    assert ring.transitions == 3 and np.flatnonzero(ring.flags.numpy()).tolist() == [2, 3, 4]
+    assert ring.transitions == 3 and np.flatnonzero(ring.tensors.flags.numpy()).tolist() == [2, 3, 4]
 
 
-def test_segments_of_another_replay_or_order_are_refused(simulation: Any) -> None:
-    source = filled(simulation, steps=6)
+def test_segments_of_another_replay_or_order_are_refused() -> None:
+    source = filled(steps=6)
     segment, head = source.export_rows(np.zeros(2, np.int64), source.written), source.export_head()
     dims = source.observation_dims
     with pytest.raises(CheckpointError, match="differs from this replay"):
@@ -140,29 +142,39 @@ def test_segments_of_another_replay_or_order_are_refused(simulation: Any) -> Non
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize(("capacity", "num_envs"), [(1, 1), (100, 7), (1000, 16)])
-def test_memory_estimate_equals_the_allocation(capacity: int, num_envs: int, dtype: str) -> None:
+@pytest.mark.parametrize("extras", [False, True])
+def test_memory_estimate_equals_the_allocation(capacity: int, num_envs: int, dtype: str, extras: bool) -> None:
     dims = {"policy": 5, "critic": 3}
-    ring = ReplayRing(capacity, num_envs, dims, 4, NEXT_STEP, dtype)
-    tensors = [*ring.observation.values(), *(value for value in vars(ring).values() if isinstance(value, torch.Tensor))]
+    holdout = Holdout(0.5, seed=0) if extras else None
+    ring = ReplayRing(capacity, num_envs, dims, 4, NEXT_STEP, dtype, holdout=holdout, prioritised=extras)
+    tensors = [value for value in vars(ring.tensors).values() if isinstance(value, torch.Tensor)]
+    if ring.priorities is not None:
+        tensors += [value for value in vars(ring.priorities).values() if isinstance(value, torch.Tensor)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    assert ReplayRing.memory_bytes(capacity, num_envs, dims, 4, dtype) == sum(storages.values())
+    estimate = memory.memory_bytes(capacity, num_envs, ring.layout, queues=1 + extras, prioritised=extras)
+    assert estimate == sum(storages.values())
     assert ring._flags.ctypes.data in storages  # on a CPU the host's copy of the flags costs nothing
 
 
-def test_what_does_not_fit_is_refused_with_the_largest_capacity_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ring_module, "available_memory", lambda device: 10_000_000)
-    sizes = (3, {"policy": 20}, 5, "float32")
+@pytest.mark.parametrize("prioritised", [False, True])
+def test_what_does_not_fit_is_refused_with_the_largest_capacity_that_does(
+    monkeypatch: pytest.MonkeyPatch, prioritised: bool
+) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda device: 10_000_000)
+    layout = RowLayout({"policy": 20}, 5, "float32")
     with pytest.raises(ConfigurationError, match=r"at most \d+") as refused:
-        ReplayRing.check_memory(1_000_000, *sizes, "cpu")
+        memory.check_memory(1_000_000, 3, layout, prioritised=prioritised)
     largest = int(str(refused.value).split("at most ")[1].split()[0])
     assert largest > 10_000
-    assert ReplayRing.check_memory(largest, *sizes, "cpu") == ReplayRing.memory_bytes(largest, *sizes) <= 9_000_000
-    with pytest.raises(ConfigurationError):
-        ReplayRing.check_memory(largest + 1, *sizes, "cpu")
+    needed = memory.check_memory(largest, 3, layout, prioritised=prioritised)
+    assert needed == memory.memory_bytes(largest, 3, layout, prioritised=prioritised) <= 9_000_000
+    if not prioritised:  # a tree grows in powers of two: the advice is safe, not the very last transition
+        with pytest.raises(ConfigurationError):
+            memory.check_memory(largest + 1, 3, layout)
 
 
 def test_available_memory_is_what_the_kernel_says() -> None:
-    assert 2**20 < ring_module.available_memory(torch.device("cpu")) < 2**50
+    assert 2**20 < memory.available_memory(torch.device("cpu")) < 2**50
 
 
 @pytest.mark.parametrize(
@@ -180,10 +192,13 @@ def test_impossible_sizes_are_refused(arguments: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float16", 65504.0), ("bfloat16", 3.3895313892515355e38)])
-def test_values_beyond_the_storage_range_become_the_largest_finite_number(dtype: str, limit: float) -> None:
-    ring = ReplayRing(4, 1, {"policy": 3}, 1, NEXT_STEP, dtype)
+@pytest.mark.parametrize("kernels", ["numpy", "torch", "triton"])
+def test_values_beyond_the_storage_range_become_the_largest_finite_number(
+    dtype: str, limit: float, kernels: str
+) -> None:
+    ring = ReplayRing(4, 1, {"policy": 3}, 1, NEXT_STEP, dtype, kernels=kernels)
     ring.begin({"policy": np.array([[3.4e38, -3.4e38, 1.5]], np.float32)})
-    assert ring.observation["policy"][0, 0].tolist() == [limit, -limit, 1.5]
+    assert ring.tensors.observation[0, :3].tolist() == [limit, -limit, 1.5]
 
 
 def test_the_ring_keeps_copies_and_takes_read_only_arrays() -> None:
@@ -198,16 +213,14 @@ def test_the_ring_keeps_copies_and_takes_read_only_arrays() -> None:
     ring.add(observation, Step({"policy": observation}, ones, ended, ended, info), np.array([True, True]))
     observation.setflags(write=True)
     observation[:] = 5.0
-    assert observation.max() == 5.0 and ring.observation["policy"][:, 0, 0].tolist()[:3] == [1.0, 9.0, 1.0]
+    assert observation.max() == 5.0 and ring.tensors.observation[::2, 0].tolist()[:3] == [1.0, 9.0, 1.0]
 
 
-def test_transitions_that_lockstep_and_scattered_writes_store_are_the_same(simulation: Any) -> None:
+def test_transitions_that_lockstep_and_scattered_writes_store_are_the_same() -> None:
     """The fast path of equal cursors against the general one, forced."""
-    envs = simulation(3, NEXT_STEP, np.random.default_rng(5))
+    envs = Simulation(3, NEXT_STEP, np.random.default_rng(5))
     fast, general = (envs.ring(15, 3, NEXT_STEP) for _ in range(2))
-    general._locate = lambda columns: torch.from_numpy(
-        general.written[columns] % general.num_slots * general.num_envs + columns
-    )
+    general._heads = lambda: general.written % general.num_slots * general.num_envs + general._columns
     envs.begin(fast, general)
     for _ in range(20):
         envs.step(fast, general)

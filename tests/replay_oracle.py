@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from rlplastic.envs.base import Array, AutoresetMode, Observation, Step
-from rlplastic.replay import Batch, ReplayRing
+from rlplastic.kernels import replay_sample
+from rlplastic.replay import Batch, Holdout, ReplayRing, Sampler
 
 DIMS = {"policy": 3, "critic": 2}
 ACTION_DIM = 2
@@ -47,9 +50,11 @@ class Simulation:
     rebuilds: int = -1
 
     @staticmethod
-    def ring(capacity: int, num_envs: int, autoreset: AutoresetMode, dtype: str = "float32") -> ReplayRing:
+    def ring(
+        capacity: int, num_envs: int, autoreset: AutoresetMode, dtype: str = "float32", **options: Any
+    ) -> ReplayRing:
         """An empty ring of the simulation's widths."""
-        return ReplayRing(capacity, num_envs, DIMS, ACTION_DIM, autoreset, dtype)
+        return ReplayRing(capacity, num_envs, DIMS, ACTION_DIM, autoreset, dtype, **options)
 
     def __post_init__(self) -> None:
         """Columns start empty."""
@@ -68,6 +73,7 @@ class Simulation:
         if self.rebuilds >= 0:
             self.rows = [row + 1 for row in self.rows]
         self.rebuilds += 1
+        self.episode = [e + w for e, w in zip(self.episode, self.waiting, strict=True)]  # the one to follow never comes
         self.now = [self.fresh(n) for n in range(self.num_envs)]
         self.waiting = [False] * self.num_envs
         for ring in rings:
@@ -145,7 +151,8 @@ class Simulation:
         allowed, seen = self.sampleable(num_slots), set()
         names = ("action", "reward", "discount", "rows")
         arrays: dict[str, Array] = {name: getattr(batch, name).numpy() for name in names}
-        for index, (slot, n) in enumerate(arrays["rows"].tolist()):
+        for index, row in enumerate(arrays["rows"].tolist()):
+            slot, n = divmod(row, self.num_envs)
             assert (slot, n) in allowed, f"slot {slot} of column {n} is no transition"
             seen.add((slot, n))
             transition = self.columns[n][allowed[slot, n]]
@@ -161,7 +168,90 @@ class Simulation:
         return seen
 
 
-@pytest.fixture(scope="session")
-def simulation() -> type[Simulation]:
-    """The class itself, since importlib mode lets no test import a neighbouring file."""
-    return Simulation
+def every_transition(ring: ReplayRing, n_step: int, gamma: float, kernels: str, held_out: bool = False) -> Any:
+    """Batches that between them hold ranks 0 .. total - 1, each rank once (the last one repeated as filling)."""
+    total = ring.held_out if held_out else ring.transitions
+    size = min(ring.capacity, 7)
+    sampler = Sampler(ring, size, n_step, gamma, seed=0, kernels=kernels, held_out=held_out)
+    with pytest.MonkeyPatch.context() as patch:
+        for begin in range(0, total, size):
+            ranks = torch.arange(begin, begin + size).clamp(max=total - 1)
+            patch.setattr(replay_sample.seeding, "uniform_integers", lambda *_, ranks=ranks: ranks)
+            patch.setattr(replay_sample, "_fractions", lambda *_, ranks=ranks: Fixed(ranks))
+            if kernels == "triton":  # it draws inside the kernel: give it the rows that the reference locates
+                sampler.buffers.rows.copy_(replay_sample._locate_torch(sampler.buffers, 0))
+                patch.setattr(sampler, "prioritisation", "given")
+                rows = sampler.buffers.rows.clone()
+                patch.setattr(sampler, "_prioritised", lambda *_, rows=rows: (rows, None))
+            yield sampler.sample(0)
+
+
+class Fixed:
+    """Fractions that give fixed integers."""
+
+    def __init__(self, ranks: torch.Tensor) -> None:
+        self.ranks = ranks
+
+    def integers(self, bound: Any) -> Any:
+        return self.ranks.numpy()
+
+
+def copies(batch: Any) -> list[torch.Tensor]:
+    groups = [*batch.observation.values(), *batch.next_observation.values()]
+    return [tensor.clone() for tensor in [batch.rows, batch.action, batch.reward, batch.discount, *groups]]
+
+
+def against_the_list(
+    num_envs: int, capacity: int, n_step: int, autoreset: AutoresetMode, end_probability: float,
+    gamma: float, actions: list[str], kernels: str, holdout: float, seed: int,
+) -> None:  # fmt: skip
+    """A ring that is stepped, rebuilt and checked against the simulation's list of transitions as ``actions`` say."""
+    envs = Simulation(num_envs, autoreset, np.random.default_rng(seed), end_probability)
+    held = Holdout(holdout, seed) if holdout else None
+    ring = envs.ring(capacity, num_envs, autoreset, kernels=kernels, holdout=held)
+    envs.begin(ring)
+    for action in [*actions, "check"]:
+        if action == "step":
+            envs.step(ring)
+        elif action == "begin":
+            envs.begin(ring)
+        else:
+            check_all(envs, ring, n_step, gamma, kernels, held, seed)
+    assert ring.written.tolist() == envs.rows
+
+
+def check_all(
+    envs: Any, ring: ReplayRing, n_step: int, gamma: float, kernels: str, held: Holdout | None, seed: int
+) -> None:
+    """Both queues hold what the list says, each transition once, and every row of every batch is right."""
+    sampleable = envs.sampleable(ring.num_slots)
+    for held_out in [False, True] if held else [False]:
+        expected = {
+            (slot, column)
+            for (slot, column), place in sampleable.items()
+            if not held or held.takes(column, envs.columns[column][place].life[1]) == held_out
+        }
+        seen: list[tuple[int, int]] = []
+        for batch in every_transition(ring, n_step, gamma, kernels, held_out):
+            envs.check(batch, ring.num_slots, n_step, gamma, exact=gamma == 0.5)
+            seen += [divmod(row, ring.num_envs) for row in batch.rows.tolist()]
+        total = ring.held_out if held_out else ring.transitions
+        assert len(expected) == total and len(set(seen)) == total
+        assert set(seen) == expected
+        if total:
+            drawn = Sampler(ring, min(ring.capacity, 16), n_step, gamma, seed, kernels=kernels, held_out=held_out)
+            seen = envs.check(drawn.sample(seed), ring.num_slots, n_step, gamma, exact=gamma == 0.5)
+            assert set(seen) <= expected
+
+
+def uneven_ring(wanted: list[int], capacity: int) -> ReplayRing:
+    """Column n holds ``wanted[n]`` transitions, spread among rows that are none."""
+    count, rows = len(wanted), max(wanted)
+    ring = ReplayRing(capacity, count, {"policy": 1}, 1, AutoresetMode.NEXT_STEP)
+    zeros = np.zeros(count, np.float32)
+    ring.begin({"policy": zeros[:, None]})
+    never = np.zeros(count, bool)
+    for index in range(rows):
+        valid = np.array([n > 0 and index % (rows // n) == 0 for n in wanted])
+        ring.add(zeros[:, None], Step({"policy": zeros[:, None]}, zeros, never, never, {}), valid)
+    return ring
