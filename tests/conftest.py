@@ -11,8 +11,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Before anything imports triton: without a GPU its kernels run in the interpreter, on CPU tensors.
 os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidiactl") else "1")
-# Triton decides when a kernel is decorated: here kernels run on the CPU, in its interpreter.
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

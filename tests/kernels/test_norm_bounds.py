@@ -73,9 +73,10 @@ def test_every_row_lands_on_its_bound(kind: str, kernel_device: str) -> None:
 
 
 @pytest.mark.parametrize("kind", IMPLEMENTATIONS)
-def test_rows_of_zeros_stay_and_a_nan_stays_in_its_row(kind: str, kernel_device: str) -> None:
+def test_rows_of_next_to_nothing_do_not_explode_and_a_nan_stays_in_its_row(kind: str, kernel_device: str) -> None:
     weights, affine, gains = groups = ragged(kernel_device)
     weights[1][0, 2] = 0.0
+    weights[4][3] = 1e-13
     weights[1][1, 3, 5] = torch.nan
     affine[1][1][0, 3] = torch.nan
     for tensor in (*affine[0], gains[0]):
