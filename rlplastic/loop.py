@@ -68,6 +68,8 @@ def advance(session: Session) -> int:
     due = session.replay_ratio.due(progress) if session.replay.transitions else 0
     for batch in session.sampler.batches(agent.updates, due, agent.reward_scale):
         metrics = agent.update(batch, budget_used)
+        if agent.td_error is not None:
+            session.sampler.reprioritise(batch.rows, agent.td_error)
         session.guard.check_update(metrics, batch, agent.updates)
         session.metrics.add(metrics)
     watch.lap("learn")

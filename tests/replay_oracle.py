@@ -150,7 +150,7 @@ class Simulation:
         """Hold every row of a batch to the list, and return the (slot, column) pairs seen."""
         allowed, seen = self.sampleable(num_slots), set()
         names = ("action", "reward", "discount", "rows")
-        arrays: dict[str, Array] = {name: getattr(batch, name).numpy() for name in names}
+        arrays: dict[str, Array] = {name: getattr(batch, name).cpu().numpy() for name in names}
         for index, row in enumerate(arrays["rows"].tolist()):
             slot, n = divmod(row, self.num_envs)
             assert (slot, n) in allowed, f"slot {slot} of column {n} is no transition"
@@ -175,7 +175,7 @@ def every_transition(ring: ReplayRing, n_step: int, gamma: float, kernels: str, 
     sampler = Sampler(ring, size, n_step, gamma, seed=0, kernels=kernels, held_out=held_out)
     with pytest.MonkeyPatch.context() as patch:
         for begin in range(0, total, size):
-            ranks = torch.arange(begin, begin + size).clamp(max=total - 1)
+            ranks = torch.arange(begin, begin + size, device=ring.device).clamp(max=total - 1)
             patch.setattr(replay_sample.seeding, "uniform_integers", lambda *_, ranks=ranks: ranks)
             patch.setattr(replay_sample, "_fractions", lambda *_, ranks=ranks: Fixed(ranks))
             if kernels == "triton":  # it draws inside the kernel: give it the rows that the reference locates
@@ -198,17 +198,17 @@ class Fixed:
 
 def copies(batch: Any) -> list[torch.Tensor]:
     groups = [*batch.observation.values(), *batch.next_observation.values()]
-    return [tensor.clone() for tensor in [batch.rows, batch.action, batch.reward, batch.discount, *groups]]
+    return [tensor.cpu().clone() for tensor in [batch.rows, batch.action, batch.reward, batch.discount, *groups]]
 
 
 def against_the_list(
     num_envs: int, capacity: int, n_step: int, autoreset: AutoresetMode, end_probability: float,
-    gamma: float, actions: list[str], kernels: str, holdout: float, seed: int,
+    gamma: float, actions: list[str], kernels: str, holdout: float, seed: int, device: str = "cpu",
 ) -> None:  # fmt: skip
     """A ring that is stepped, rebuilt and checked against the simulation's list of transitions as ``actions`` say."""
     envs = Simulation(num_envs, autoreset, np.random.default_rng(seed), end_probability)
     held = Holdout(holdout, seed) if holdout else None
-    ring = envs.ring(capacity, num_envs, autoreset, kernels=kernels, holdout=held)
+    ring = envs.ring(capacity, num_envs, autoreset, kernels=kernels, holdout=held, device=device)
     envs.begin(ring)
     for action in [*actions, "check"]:
         if action == "step":
@@ -244,10 +244,10 @@ def check_all(
             assert set(seen) <= expected
 
 
-def uneven_ring(wanted: list[int], capacity: int) -> ReplayRing:
+def uneven_ring(wanted: list[int], capacity: int, device: str = "cpu") -> ReplayRing:
     """Column n holds ``wanted[n]`` transitions, spread among rows that are none."""
     count, rows = len(wanted), max(wanted)
-    ring = ReplayRing(capacity, count, {"policy": 1}, 1, AutoresetMode.NEXT_STEP)
+    ring = ReplayRing(capacity, count, {"policy": 1}, 1, AutoresetMode.NEXT_STEP, device=device)
     zeros = np.zeros(count, np.float32)
     ring.begin({"policy": zeros[:, None]})
     never = np.zeros(count, bool)

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import torch
 from safetensors.torch import load_file
 
 SMALL = [
@@ -48,12 +50,17 @@ def final_state(path: Path) -> dict[str, object]:
     state: dict[str, object] = {"checkpoint": checkpoint.name, "eval.csv": (path / "eval.csv").read_text()}
     for file in sorted(checkpoint.glob("*.safetensors")):
         for name, tensor in load_file(file).items():
-            state[f"{file.stem}.{name}"] = hashlib.sha256(tensor.contiguous().reshape(-1).numpy().tobytes()).hexdigest()
+            state[f"{file.stem}.{name}"] = hashlib.sha256(plain(tensor).tobytes()).hexdigest()
     progress = json.loads((checkpoint / "progress.json").read_text())
     progress.pop("train_seconds")
     state["progress"] = progress
     state["replay"] = replay_rows(checkpoint)
     return state
+
+
+def plain(tensor: torch.Tensor) -> np.ndarray:
+    """The bits of a tensor; numpy knows no bfloat16."""
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy()
 
 
 def replay_rows(checkpoint: Path) -> str:
@@ -64,7 +71,7 @@ def replay_rows(checkpoint: Path) -> str:
         tensors = load_file(checkpoint.parent / "segments" / reference["name"])
         start, stop = tensors["replay.start"].tolist(), tensors["replay.stop"].tolist()
         fields = [
-            tensors[n].numpy() for n in sorted(tensors) if n.startswith("replay.") and n[7:] not in ("start", "stop")
+            plain(tensors[n]) for n in sorted(tensors) if n.startswith("replay.") and n[7:] not in ("start", "stop")
         ]
         offset = 0
         for column, (first, last) in enumerate(zip(start, stop, strict=True)):

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from small_runs import SMALL, command, final_state, run
 
-from rlplastic import train_agent
+from rlplastic import session, train_agent
 from rlplastic.errors import ConfigurationError
+from rlplastic.kernels._triton import interpreted
+from rlplastic.replay import ReplayRing, Sampler
 
 
 def trained(folder: Path, *overrides: str) -> dict[str, object]:
@@ -59,6 +61,37 @@ def test_stopping_at_half_the_budget_and_going_on_equals_never_stopping(
     rows = str(resumed.pop("eval.csv")).splitlines()
     assert [row for row in rows if not row.startswith("300,")] == str(whole.pop("eval.csv")).splitlines()
     assert resumed == whole
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["replay.holdout=0.4", "agent.n_step=3", "replay.observation_dtype=bfloat16"],
+        ["replay.prioritised=true", "replay.holdout=0.4"],
+        ["replay.half_life=100"],
+    ],
+    ids=["held-out episodes", "priorities", "recency"],
+)
+def test_other_ways_to_draw_resume_bit_for_bit_too(tmp_path: Path, options: list[str]) -> None:
+    options = [*options, "schedule=horizon", "schedule.horizon=1000", "evaluation.every=0"]
+    trained(tmp_path / "halves", "env_steps=300", *options)
+    halves, whole = trained(tmp_path / "halves", *options), trained(tmp_path / "whole", *options)
+    halves.pop("eval.csv"), whole.pop("eval.csv")
+    assert halves == whole
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_training_is_bit_identical_whatever_kernels_write_and_sample_the_replay(
+    tmp_path: Path, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU a run takes the numpy path; here it takes the reference, and Triton's interpreter."""
+    if kernels == "triton" and not interpreted():
+        pytest.skip("needs TRITON_INTERPRET=1")
+    short = ["env_steps=260", "evaluation.every=0", "agent.n_step=3", "replay.holdout=0.3"]
+    usual = trained(tmp_path / "usual", *short)
+    monkeypatch.setattr(session, "ReplayRing", lambda *a, **o: ReplayRing(*a, **(o | {"kernels": kernels})))
+    monkeypatch.setattr(session, "Sampler", lambda *a, **o: Sampler(*a, **(o | {"kernels": kernels})))
+    assert trained(tmp_path / "other", *short) == usual
 
 
 def test_rerunning_a_finished_run_says_so_and_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

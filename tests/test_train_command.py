@@ -202,7 +202,7 @@ def test_a_nan_inside_the_learner_is_named_and_never_saved(
                 if poisoned == "parameter":
                     self.learner.actor.head.mean_bias.fill_(torch.nan)
                 elif poisoned == "reward scale":
-                    self.reward_scale.fill_(torch.nan)
+                    self._scaler._squares = float("nan")
                     self.observe = lambda step, valid: None  # type: ignore[method-assign]
                 else:
                     self.learner.target_critic.trunk.input_norm.running_mean.fill_(torch.inf)

@@ -24,6 +24,7 @@ def _flashsac(
         planned_updates=config.schedule.horizon if config.schedule.kind == "horizon" else None,
         device=config.device,
         bf16=config.precision == "bf16",
+        kernels=config.kernels,
         compile=compile,
     )
 

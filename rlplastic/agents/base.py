@@ -22,10 +22,15 @@ class Agent(Protocol):
     device: torch.device
     updates: int
     """Critic updates done so far."""
-    reward_scale: Tensor
-    """Scalar on the device that rewards are multiplied with at sampling time."""
+    td_error: Tensor | None
+    """(B,) of the last update, if its batch had weights: what new priorities are made of."""
     modules: dict[str, nn.Module]
     """Named networks, for checkpoints, norms and the plasticity monitor."""
+
+    @property
+    def reward_scale(self) -> Tensor:
+        """Scalar on the device that rewards are multiplied with at sampling time."""
+        ...
 
     def explore(
         self, observation: Observation, step: int, active: NDArray[np.bool_], uniform: bool

@@ -97,7 +97,7 @@ class StagedInsertion:
 
     def __call__(self, step: Insertion) -> None:
         """Copy and launch; nothing waits for the device."""
-        ring, count, size = self.ring, self.ring.num_envs, self.ring.observation.shape[1]
+        ring, count = self.ring, self.ring.num_envs
         device = ring.reward.device
         block = torch.zeros(self._bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
         integers = block[: self._observations_at].view(torch.int64).numpy()
@@ -116,7 +116,6 @@ class StagedInsertion:
             self._fill(block[self._finals_at :], torch.from_numpy(numbers % count), final)
         sent = block if finals else block[: self._finals_at]
         sent = sent.to(device, non_blocking=True)
-        width = triton.next_power_of_2(size)
         bits = self._bits.dtype
         _insert[(count,)](
             sent[: self._observations_at].view(torch.int64),
@@ -129,16 +128,27 @@ class StagedInsertion:
             ring.flags,
             ring.queue,
             ring.index,
-            count,
-            SIZE=size,
-            ROW_STRIDE=ring.observation.stride(0),
-            DIM=ring.action_dim,
-            ACTION_STRIDE=ring.action.stride(0),
-            QUEUES=ring.index.shape[0],
-            BLOCK=min(width, 2048),
-            ACTIONS=triton.next_power_of_2(ring.action_dim),
-            num_warps=max(1, min(8, width * ring.observation.element_size() // 512)),
+            **self.constants(),
+            **self.options(),
         )
+
+    def constants(self) -> dict[str, int]:
+        """What `_insert` is compiled for."""
+        ring, size = self.ring, self.ring.observation.shape[1]
+        return {
+            "COLUMNS": ring.num_envs,
+            "SIZE": size,
+            "ROW_STRIDE": ring.observation.stride(0),
+            "DIM": ring.action_dim,
+            "ACTION_STRIDE": ring.action.stride(0),
+            "QUEUES": ring.index.shape[0],
+            "BLOCK": min(triton.next_power_of_2(size), 2048),
+            "ACTIONS": triton.next_power_of_2(ring.action_dim),
+        }
+
+    def options(self) -> dict[str, int]:
+        """How it is compiled: 16 bytes for each thread."""
+        return {"num_warps": max(1, min(8, self.constants()["BLOCK"] * self.ring.observation.element_size() // 512))}
 
     def _fill(self, part: Tensor, at: slice | Tensor, observation: Mapping[str, NDArray[np.float32]]) -> None:
         rows = part.view(self.ring.observation.dtype).view(self.ring.num_envs, -1)
@@ -162,7 +172,7 @@ def _insert(
     flags: tl.tensor,
     queue: tl.tensor,
     index: tl.tensor,
-    count: int,
+    COLUMNS: tl.constexpr,
     SIZE: tl.constexpr,
     ROW_STRIDE: tl.constexpr,
     DIM: tl.constexpr,
@@ -174,17 +184,17 @@ def _insert(
     """One program per column; `StagedInsertion` says what the first four hold."""
     n = tl.program_id(0)
     row = tl.load(integers + n)
-    entry = tl.load(integers + 2 * count + n)
-    head = tl.load(integers + 4 * count + n)
-    final = tl.load(integers + 5 * count + n)
+    entry = tl.load(integers + 2 * COLUMNS + n)
+    head = tl.load(integers + 4 * COLUMNS + n)
+    final = tl.load(integers + 5 * COLUMNS + n)
     lanes = tl.arange(0, ACTIONS)
     sent = tl.load(floats + n * DIM + lanes, mask=lanes < DIM)
     tl.store(action + row * ACTION_STRIDE + lanes, sent, mask=lanes < DIM)
-    tl.store(reward + row, tl.load(floats + count * DIM + n))
-    tl.store(flags + row, tl.load(integers + count + n).to(tl.uint8))
-    tl.store(queue + entry, tl.load(integers + 3 * count + n).to(tl.int32))
+    tl.store(reward + row, tl.load(floats + COLUMNS * DIM + n))
+    tl.store(flags + row, tl.load(integers + COLUMNS + n).to(tl.uint8))
+    tl.store(queue + entry, tl.load(integers + 3 * COLUMNS + n).to(tl.int32))
     for part in tl.static_range(2 * QUEUES):
-        tl.store(index + part * count + n, tl.load(integers + (6 + part) * count + n))
+        tl.store(index + part * COLUMNS + n, tl.load(integers + (6 + part) * COLUMNS + n))
     tl.store(flags + head, tl.zeros((), tl.uint8))
     _copy(observations + n * SIZE, observation + head * ROW_STRIDE, SIZE, BLOCK)
     if final >= 0:

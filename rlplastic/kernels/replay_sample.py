@@ -178,9 +178,7 @@ def _words(key: int, size: int, block: int) -> tuple[NDArray[np.int64], NDArray[
 
 def sample_triton(draw: Draw, number: Tensor, scale: Tensor | None, given: Tensor | None = None) -> None:
     """The same in one launch; ``number`` is an int64 tensor on the device, so that a CUDA graph can count it up."""
-    ring, (_, size) = draw.ring, draw.ring.observation.shape
-    width = triton.next_power_of_2(size)
-    per_thread = 16 // ring.observation.element_size()
+    ring = draw.ring
     _sample[(len(draw.rows),)](
         ring.observation,
         ring.action,
@@ -198,21 +196,35 @@ def sample_triton(draw: Draw, number: Tensor, scale: Tensor | None, given: Tenso
         draw.discount,
         draw.rows,
         draw.key,
-        BATCH=len(draw.rows),
-        COLUMNS=ring.num_envs,
-        SLOTS=ring.num_slots,
-        SIZE=size,
-        ROW_STRIDE=ring.observation.stride(0),
-        ACTION_STRIDE=ring.action.stride(0),
-        ACTIONS=ring.action.shape[1],
-        N_STEP=draw.n_step,
-        AGED=draw.ages is not None,
-        GIVEN=given is not None,
-        BLOCK=min(width, 2048),
-        ACTION_BLOCK=triton.next_power_of_2(ring.action.shape[1]),
-        num_warps=max(1, min(8, width // (32 * per_thread))),
-        enable_fp_fusion=False,
+        **constants(draw, given is not None),
+        **options(draw),
     )
+
+
+def constants(draw: Draw, given: bool) -> dict[str, int | bool]:
+    """What `_sample` is compiled for."""
+    ring, size = draw.ring, draw.ring.observation.shape[1]
+    return {
+        "BATCH": len(draw.rows),
+        "COLUMNS": ring.num_envs,
+        "SLOTS": ring.num_slots,
+        "SIZE": size,
+        "ROW_STRIDE": ring.observation.stride(0),
+        "ACTION_STRIDE": ring.action.stride(0),
+        "ACTIONS": ring.action.shape[1],
+        "N_STEP": draw.n_step,
+        "AGED": draw.ages is not None,
+        "GIVEN": given,
+        "BLOCK": min(triton.next_power_of_2(size), 2048),
+        "ACTION_BLOCK": triton.next_power_of_2(ring.action.shape[1]),
+    }
+
+
+def options(draw: Draw) -> dict[str, int | bool]:
+    """How it is compiled: 16 bytes for each thread, and roundings as everywhere else."""
+    observation = draw.ring.observation
+    width = min(triton.next_power_of_2(observation.shape[1]), 2048)
+    return {"num_warps": max(1, min(8, width * observation.element_size() // 512)), "enable_fp_fusion": False}
 
 
 @triton.jit

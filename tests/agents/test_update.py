@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import numpy as np
@@ -98,9 +99,9 @@ def probabilities_of(s: np.ndarray, a: np.ndarray, critic: Critic, member: int, 
 
 def critic_loss_by_hand(
     learner: update.Learner, inputs: update.Inputs, noise: torch.Tensor, bonus: bool = True
-) -> float:
-    """Row by row, member by member, atom by atom."""
-    field = {name: value.numpy() for name, value in vars(inputs).items()}
+) -> tuple[float, list[float]]:
+    """The loss, and every row's TD error: row by row, member by member, atom by atom."""
+    field = {name: value.numpy() for name, value in vars(inputs).items() if value is not None}
     alpha = float(learner.alpha())
     atoms = [-SUPPORT + 2 * SUPPORT * k / (ATOMS - 1) for k in range(ATOMS)]
     next_action, log_prob = policy_of(field["next_observation"], arrays(learner.actor), noise.numpy(), batch=False)
@@ -110,21 +111,24 @@ def critic_loss_by_hand(
         [probabilities_of(both, actions, network, member, batch=True) for member in range(2)]
         for network in (learner.target_critic, learner.critic)
     )
-    total = 0.0
+    total, errors = 0.0, []
     for row in range(ROWS):
         values = [sum(p[ROWS + row, k] * atoms[k] for k in range(ATOMS)) for p in target_p]
         chosen = target_p[values.index(min(values))][ROWS + row]
-        target = [0.0] * ATOMS
+        target, mean, weight = [0.0] * ATOMS, 0.0, field["weight"][row] if "weight" in field else 1.0
         for k in range(ATOMS):
             soft = atoms[k] - (alpha * log_prob[row] if bonus else 0.0)
-            moved = min(max(field["reward"][row] + field["discount"][row] * soft, -SUPPORT), SUPPORT)
+            moved = field["reward"][row] + field["discount"][row] * soft
+            mean += chosen[k] * moved
+            moved = min(max(moved, -SUPPORT), SUPPORT)
             b = (moved + SUPPORT) / (2 * SUPPORT / (ATOMS - 1))
             lower = min(int(b), ATOMS - 2)
             target[lower] += chosen[k] * (lower + 1 - b)
             target[lower + 1] += chosen[k] * (b - lower)
         for p in online_p:
-            total -= sum(target[k] * math.log(p[row, k]) for k in range(ATOMS))
-    return total / (2 * ROWS)
+            total -= weight * sum(target[k] * math.log(p[row, k]) for k in range(ATOMS))
+        errors.append(sum(abs(mean - sum(p[row, k] * atoms[k] for k in range(ATOMS))) for p in online_p) / 2)
+    return total / (2 * ROWS), errors
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -134,17 +138,29 @@ def test_critic_loss_is_the_cross_entropy_on_the_projected_discounted_target(
     seed: int, backup_entropy: bool, discount: float
 ) -> None:
     learner, inputs, noise = learner_of(seed), inputs_of(seed, discount), noise_of(ROWS, seed)
-    expected = critic_loss_by_hand(copy.deepcopy(learner), inputs, noise, backup_entropy)
+    expected, _ = critic_loss_by_hand(copy.deepcopy(learner), inputs, noise, backup_entropy)
     loss, _ = update.critic_loss(
         learner.actor, learner.critic, learner.target_critic, learner.alpha(), inputs, noise, backup_entropy
     )
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-9)
 
 
+def test_weights_multiply_each_rows_loss_and_td_errors_are_reported_for_them() -> None:
+    learner, noise = learner_of(1), noise_of(ROWS, 1)
+    inputs = dataclasses.replace(inputs_of(1), weight=torch.linspace(0.1, 1.0, ROWS))
+    expected, errors = critic_loss_by_hand(copy.deepcopy(learner), inputs, noise)
+    loss, metrics = update.critic_loss(
+        learner.actor, learner.critic, learner.target_critic, learner.alpha(), inputs, noise
+    )
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
+    np.testing.assert_allclose(metrics["td_error"].numpy(), errors, rtol=1e-4, atol=1e-5)
+    assert not metrics["td_error"].requires_grad
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_actor_loss_is_the_soft_value_of_the_smaller_critic(seed: int) -> None:
     learner, inputs, noise = learner_of(seed), inputs_of(seed), noise_of(2 * ROWS, seed)
-    field = {name: value.numpy() for name, value in vars(inputs).items()}
+    field = {name: value.numpy() for name, value in vars(inputs).items() if value is not None}
     both = np.concatenate((field["observation"], field["next_observation"]))
     actions, log_probs = policy_of(both, arrays(learner.actor), noise.numpy(), batch=True)
     atoms = np.linspace(-SUPPORT, SUPPORT, ATOMS)

@@ -15,6 +15,11 @@ from typing import Any
 
 import pytest
 
+from rlplastic.envs.base import AutoresetMode
+from rlplastic.kernels import replay_sample as kernel_of_sample
+from rlplastic.kernels.replay_insert import StagedInsertion
+from rlplastic.replay import ReplayRing, Sampler
+
 ARCHITECTURES = ("80", "90", "100")
 """Compute capabilities: A100, H100 and H200, B200."""
 MAX_SHARED_BYTES = 48 * 1024
@@ -53,12 +58,63 @@ def project_norms(longest_row: int) -> Request:
     }
 
 
+G1 = {"policy": 103, "critic": 216}, 29
+HUMANOID = {"policy": 348}, 17
+"""Observation groups and action width."""
+
+
+def replay(sizes: tuple[dict[str, int], int], dtype: str, num_envs: int) -> ReplayRing:
+    return ReplayRing(10 * num_envs, num_envs, *sizes, AutoresetMode.NEXT_STEP, dtype)
+
+
+def replay_sample(
+    sizes: tuple[dict[str, int], int], dtype: str, n_step: int = 1, half_life: float | None = None, given: bool = False
+) -> Request:
+    """With the constants that a launch would have; only the number of slots is smaller here."""
+    draw = Sampler(replay(sizes, dtype, 1024), 2048, n_step, 0.99, 0, half_life=half_life).buffers
+    stored = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}[dtype]
+    return {
+        "module": "rlplastic.kernels.replay_sample",
+        "kernel": "_sample",
+        "types": {"observation": stored, "action": "*fp32", "reward": "*fp32", "flags": "*u8", "queue": "*i32"}
+        | {"index": "*i64", "number": "*i64", "scale": "*fp32", "powers": "*fp32", "ages": "*i64", "given": "*i64"}
+        | {"block": "*fp32", "out_reward": "*fp32", "out_discount": "*fp32", "out_rows": "*i64", "key": "i64"},
+        "constants": kernel_of_sample.constants(draw, given),
+        "options": kernel_of_sample.options(draw),
+        "ptx": QUADS,
+    }
+
+
+def replay_insert(sizes: tuple[dict[str, int], int], dtype: str) -> Request:
+    staged = StagedInsertion(replay(sizes, dtype, 1024).tensors)
+    stored = "*fp32" if dtype == "float32" else "*i16"
+    return {
+        "module": "rlplastic.kernels.replay_insert",
+        "kernel": "_insert",
+        "types": {"integers": "*i64", "observations": stored, "floats": "*fp32", "finals": stored}
+        | {"observation": stored, "action": "*fp32", "reward": "*fp32", "flags": "*u8", "queue": "*i32"}
+        | {"index": "*i64"},
+        "constants": staged.constants(),
+        "options": staged.options(),
+        "ptx": QUADS,
+    }
+
+
 KERNELS: dict[str, Request] = {
+    "replay sample, G1, float32": replay_sample(G1, "float32"),
+    "replay sample, Humanoid, float32": replay_sample(HUMANOID, "float32"),
+    "replay sample, Humanoid, bfloat16, 3 steps": replay_sample(HUMANOID, "bfloat16", 3),
+    "replay insert, Humanoid, float32": replay_insert(HUMANOID, "float32"),
+    "replay insert, G1, bfloat16": replay_insert(G1, "bfloat16"),
     "categorical target, 2 members, 101 atoms": categorical_target(2, 101, 128),
     "norm bounds, rows up to 1024": project_norms(1024),
 }
 """A request as in aot.py, and under ``ptx`` what its PTX must contain."""
 SLOW_KERNELS: dict[str, Request] = {
+    "replay sample, Humanoid, by age": replay_sample(HUMANOID, "float32", half_life=1e5),
+    "replay sample, Humanoid, rows given": replay_sample(HUMANOID, "float32", given=True),
+    "replay sample, G1, float16, 5 steps": replay_sample(G1, "float16", 5),
+    "replay sample, 2,500 numbers": replay_sample(({"policy": 2500}, 6), "float32"),
     "categorical target, 1 member, 51 atoms": categorical_target(1, 51, 64),
     "categorical target, 3 members, 251 atoms": categorical_target(3, 251, 256),
     "norm bounds, rows up to 256": project_norms(256),

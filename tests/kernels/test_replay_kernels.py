@@ -11,10 +11,14 @@ from replay_oracle import Simulation, against_the_list, copies, uneven_ring
 
 from rlplastic import seeding
 from rlplastic.envs.base import AutoresetMode, Step
+from rlplastic.kernels._triton import AVAILABLE, interpreted
 from rlplastic.replay import Holdout, ReplayRing, Sampler
 
 NEXT_STEP, SAME_STEP = AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP
 KERNELS = ["numpy", "torch", "triton"]
+DEVICES = {"numpy": "cpu", "torch": "cpu", "triton": "cpu" if interpreted() else "cuda"}
+"""Compiled kernels take the tensors of a GPU; the others stay, to be compared with them."""
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs triton")
 NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)
 
 
@@ -33,7 +37,8 @@ def test_the_kernels_sample_exactly_the_transitions_too(
     num_envs: int, capacity: int, n_step: int, autoreset: AutoresetMode, end_probability: float,
     actions: list[str], holdout: float, seed: int,
 ) -> None:  # fmt: skip
-    against_the_list(num_envs, capacity, n_step, autoreset, end_probability, 0.5, actions, "triton", holdout, seed)
+    against_the_list(num_envs, capacity, n_step, autoreset, end_probability, 0.5, actions, "triton", holdout, seed,
+                     DEVICES["triton"])  # fmt: skip
 
 
 @settings(max_examples=12, deadline=None, phases=NO_SHRINKING)  # the interpreter is slow
@@ -53,22 +58,29 @@ def test_all_kernels_write_and_draw_the_same_bits(
 ) -> None:  # fmt: skip
     envs = Simulation(num_envs, autoreset, np.random.default_rng(seed))
     held = Holdout(0.3, seed)
-    rings = [envs.ring(capacity, num_envs, autoreset, dtype, kernels=name, holdout=held) for name in KERNELS]
+    rings = [
+        envs.ring(capacity, num_envs, autoreset, dtype, kernels=name, holdout=held, device=DEVICES[name])
+        for name in KERNELS
+    ]
     size = min(capacity, 6)
     samplers = [
-        Sampler(ring, size, n_step, 0.97, seed, half_life=half_life, kernels=name) for ring in rings for name in KERNELS
+        Sampler(ring, size, n_step, 0.97, seed, half_life=half_life, kernels=name)
+        for ring in rings
+        for name in KERNELS
+        if name == "torch" or DEVICES[name] == ring.device.type
     ]
     envs.begin(*rings)
     for draw in range(16):
         envs.begin(*rings) if draw == rebuild_at else envs.step(*rings)
         assert len({(ring.transitions, ring.held_out) for ring in rings}) == 1
         if draw % 5 == 4 and rings[0].transitions:
-            first, *others = [copies(sampler.sample(draw, torch.tensor(0.3))) for sampler in samplers]
+            scales = [torch.tensor(0.3, device=sampler.device) for sampler in samplers]
+            first, *others = [copies(s.sample(draw, scale)) for s, scale in zip(samplers, scales, strict=True)]
             for other in others:
                 assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     for name, tensor in vars(rings[0].tensors).items():
         if isinstance(tensor, torch.Tensor) and name != "queue":  # of which only what the index names counts
-            assert all(torch.equal(tensor, getattr(ring.tensors, name)) for ring in rings[1:]), name
+            assert all(torch.equal(tensor, getattr(ring.tensors, name).cpu()) for ring in rings[1:]), name
 
 
 ADVERSARIAL = {
@@ -90,7 +102,10 @@ def test_kernels_agree_in_adversarial_cases(case: str, dtype: str) -> None:
     options = {"num_envs": 2, "capacity": 8, "dims": {"policy": 5}, "end_probability": 0.3, "steps": 11}
     options |= ADVERSARIAL[case]
     count, dims, rng = options["num_envs"], options["dims"], np.random.default_rng(0)
-    rings = [ReplayRing(options["capacity"], count, dims, 3, SAME_STEP, dtype, kernels=name) for name in KERNELS]
+    rings = [
+        ReplayRing(options["capacity"], count, dims, 3, SAME_STEP, dtype, DEVICES[name], kernels=name)
+        for name in KERNELS
+    ]
     size = min(16, options["capacity"])
     samplers = [Sampler(ring, size, 3, 0.99, 1, kernels=name) for ring, name in zip(rings, KERNELS, strict=True)]
 
@@ -116,7 +131,7 @@ def test_kernels_agree_in_adversarial_cases(case: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_every_row_invalid_but_one(kernels: str) -> None:
-    ring = ReplayRing(40, 4, {"policy": 1}, 1, NEXT_STEP, kernels=kernels)
+    ring = ReplayRing(40, 4, {"policy": 1}, 1, NEXT_STEP, device=DEVICES[kernels], kernels=kernels)
     zeros, never = np.zeros((4, 1), np.float32), np.zeros(4, bool)
     ring.begin({"policy": zeros})
     for index in range(9):
@@ -130,7 +145,7 @@ def test_every_row_invalid_but_one(kernels: str) -> None:
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_draws_are_the_reference_sequence(kernels: str) -> None:
     """The rows of ten thousand draws, worked out in Python's integers from the Philox words."""
-    ring = uneven_ring([30, 1, 0, 10], 160)
+    ring = uneven_ring([30, 1, 0, 10], 160, DEVICES[kernels])
     sampler = Sampler(ring, 100, 1, 0.99, seed=3, rank=1, kernels=kernels)
     key, index = seeding.key("replay", 3, 1), ring.tensors.index[0]
     cumulative, offset = index[0].tolist(), index[1].tolist()

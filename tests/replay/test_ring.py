@@ -13,11 +13,13 @@ from replay_oracle import Simulation
 
 from rlplastic.envs.base import AutoresetMode, Step
 from rlplastic.errors import CheckpointError, ConfigurationError
+from rlplastic.kernels._triton import interpreted
 from rlplastic.replay import Batch, ReplayRing, Sampler, memory
 from rlplastic.replay.holdout import Holdout
 from rlplastic.replay.layout import RowLayout
 
 NEXT_STEP, SAME_STEP = AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP
+KERNELS = ["numpy", "torch", *(["triton"] if interpreted() else [])]
 
 
 def tensors_of(batch: Batch) -> list[torch.Tensor]:
@@ -192,7 +194,7 @@ def test_impossible_sizes_are_refused(arguments: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float16", 65504.0), ("bfloat16", 3.3895313892515355e38)])
-@pytest.mark.parametrize("kernels", ["numpy", "torch", "triton"])
+@pytest.mark.parametrize("kernels", KERNELS)
 def test_values_beyond_the_storage_range_become_the_largest_finite_number(
     dtype: str, limit: float, kernels: str
 ) -> None:

@@ -14,12 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlplastic.envs.base import AutoresetMode, Step
 from rlplastic.errors import ConfigurationError
+from rlplastic.kernels._triton import interpreted
 from rlplastic.replay import Holdout, Prioritisation, ReplayRing, Sampler
 
 NEXT_STEP, SAME_STEP = AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP
 
 
-KERNELS = ["numpy", "torch", "triton"]
+KERNELS = ["numpy", "torch", *(["triton"] if interpreted() else [])]
 
 
 @settings(max_examples=150, deadline=None)

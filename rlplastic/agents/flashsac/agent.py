@@ -19,6 +19,7 @@ from rlplastic.agents.layers import NormBounds
 from rlplastic.agents.reward_scaling import RewardScaler
 from rlplastic.config import AgentConfig, CriticConfig
 from rlplastic.envs.base import Observation, Step
+from rlplastic.kernels.categorical import categorical_target, categorical_target_triton
 
 if TYPE_CHECKING:
     from rlplastic.replay.sample import Batch
@@ -39,6 +40,7 @@ class FlashSAC:
         device: where the networks live.
         bf16: round the inputs and outputs of the losses' trunk products to bfloat16.
         compile: turns a loss function into a faster equal one (``torch.compile``), or leaves it.
+        kernels: torch, or triton on a GPU, for the projections.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class FlashSAC:
         device: torch.device | str = "cpu",
         bf16: bool = False,
         compile: Callable[[Any], Any] = lambda function: function,
+        kernels: str = "torch",
     ) -> None:
         assert agent.critic_width and agent.actor_width and agent.gamma is not None, "resolve the configuration first"
         self.config, self.device, self.seed = agent, torch.device(device), seed
@@ -73,7 +76,8 @@ class FlashSAC:
                 critic.support,
                 critic.num_members,
             )
-        self.learner = self._learner(actor.to(self.device), value.to(self.device), bf16, compile)
+        self.learner = self._learner(actor.to(self.device), value.to(self.device), bf16, compile, kernels)
+        self.td_error: Tensor | None = None
         self.modules: dict[str, nn.Module] = {
             "actor": self.learner.actor,
             "critic": self.learner.critic,
@@ -82,11 +86,13 @@ class FlashSAC:
         longest = agent.noise_repeat_max
         self._noise = HeldNoise(num_envs, action_dim, longest, agent.noise_per_env, seed)
         self._scaler = RewardScaler(num_envs, agent.gamma, critic.support, agent.reward_scaling)
-        self.reward_scale = torch.ones((), device=self.device)
+        self._reward_scale = torch.ones((), device=self.device)
 
-    def _learner(self, actor: Actor, critic: Critic, bf16: bool, compile: Callable[[Any], Any]) -> steps.Learner:
+    def _learner(
+        self, actor: Actor, critic: Critic, bf16: bool, compile: Callable[[Any], Any], kernels: str
+    ) -> steps.Learner:
         config = self.config
-        actor_bounds, critic_bounds = NormBounds(actor), NormBounds(critic)
+        actor_bounds, critic_bounds = NormBounds(actor, kernels), NormBounds(critic, kernels)
         actor_bounds.project()
         critic_bounds.project()
         log_alpha = nn.Parameter(torch.tensor([config.initial_alpha], device=self.device).log())
@@ -106,6 +112,7 @@ class FlashSAC:
             critic_bounds=critic_bounds,
             actor_loss=compile(steps.actor_loss),
             critic_loss=compile(steps.critic_loss),
+            project=categorical_target_triton if kernels == "triton" else categorical_target,
             target_entropy=steps.target_entropy(self.action_dim, config.target_std),
             target_rate=config.target_rate,
             backup_entropy=config.backup_entropy,
@@ -141,7 +148,11 @@ class FlashSAC:
     def observe(self, step: Step, valid: NDArray[np.bool_]) -> None:
         """Take in one vector step's rewards; the scale used by the next sampled batch follows."""
         self._scaler.observe(step.reward, step.terminated | step.truncated, valid)
-        self.reward_scale.fill_(self._scaler.scale)
+
+    @property
+    def reward_scale(self) -> Tensor:
+        """Scalar that rewards are multiplied with at sampling time, brought up to date on the device."""
+        return self._reward_scale.fill_(self._scaler.scale)
 
     def update(self, batch: Batch, budget_used: float) -> dict[str, Tensor]:
         """One update on a batch whose rewards are already scaled; see `rlplastic.agents.flashsac.update`."""
@@ -155,6 +166,7 @@ class FlashSAC:
             action=batch.action,
             reward=batch.reward,
             discount=batch.discount,
+            weight=batch.weight,
         )
 
         def noise(count: int) -> Tensor:
@@ -178,6 +190,7 @@ class FlashSAC:
             metrics |= steps.temperature_step(self.learner, metrics["policy/entropy"], rate)
         rate = self._learning_rate(self.updates, budget_used)
         metrics |= steps.critic_step(self.learner, inputs, target_noise, rate)
+        self.td_error = metrics.pop("td_error", None)
         self.updates += 1
         return metrics
 
@@ -230,7 +243,6 @@ class FlashSAC:
             self.learner.target_critic.load_state_dict(_part(state, "target_critic."))
             # The critic's values are in units of the scaled return, so the scale comes along.
             self._scaler.load_state_dict(self._scaler.state_dict() | {"moments": state["reward.moments"]})
-            self.reward_scale.fill_(self._scaler.scale)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from `state_dict`, bit for bit.
@@ -250,7 +262,6 @@ class FlashSAC:
                 optimizer.state[parameter] = {slot: value.to(self.device).clone() for slot, value in slots.items()}
         self._noise.load_state_dict(_part(state, "noise."))
         self._scaler.load_state_dict(_part(state, "reward."))
-        self.reward_scale.fill_(self._scaler.scale)
         self.updates = int(state["updates"])
 
     def norms(self) -> dict[str, Tensor]:

@@ -49,6 +49,8 @@ class Inputs:
     """Scaled, (B,)."""
     discount: Tensor
     """gamma^k of the k steps summed, 0 if terminated, (B,)."""
+    weight: Tensor | None = None
+    """Factor of each row's critic loss under prioritised draws, (B,)."""
 
 
 @dataclass
@@ -68,6 +70,8 @@ class Learner:
     """`actor_loss`, compiled or not."""
     critic_loss: Callable[..., tuple[Tensor, Metrics]]
     """`critic_loss`, compiled or not."""
+    project: Callable[..., tuple[Tensor, Tensor]]
+    """`categorical_target`, or the kernel that equals it."""
     target_entropy: float
     target_rate: float
     backup_entropy: bool
@@ -113,8 +117,11 @@ def critic_loss(
     noise: Tensor,
     backup_entropy: bool = True,
     bf16: bool = False,
+    project: Callable[..., tuple[Tensor, Tensor]] = categorical_target,
 ) -> tuple[Tensor, Metrics]:
     """Cross-entropy of every member's prediction against the projected target; noise is (B, A) for a' ~ pi(s').
+
+    With weights the metrics also hold ``td_error`` (B,), the members' mean |target - Q|, for new priorities.
 
     Both critics see [s; s'] with [a; a'] in one forward pass, so that their batch statistics cover both halves.
     """
@@ -127,15 +134,18 @@ def critic_loss(
         actions = torch.cat((inputs.action, next_action))
         next_logits = target_critic(observations, actions, True, bf16)[:, rows:]
         bonus = -alpha * next_log_prob if backup_entropy else torch.zeros_like(next_log_prob)
-        target, target_mean = categorical_target(next_logits, inputs.reward, inputs.discount, bonus, atoms, support)
+        target, target_mean = project(next_logits, inputs.reward, inputs.discount, bonus, atoms, support)
     logits = critic(observations, actions, True, bf16)[:, :rows]
-    loss = -(target * F.log_softmax(logits, -1)).sum(-1).mean()
+    losses = -(target * F.log_softmax(logits, -1)).sum(-1)
+    loss = (losses if inputs.weight is None else losses * inputs.weight).mean()
     metrics = {
         "loss/critic": loss.detach(),
         "value/target_mean": target_mean.mean(),
         "value/target_clipped": (target_mean.abs() > support).float().mean(),
         "value/max_entropy_term": (-bonus).max(),
     }
+    if inputs.weight is not None:
+        metrics["td_error"] = (target_mean - critic.head.expected(logits.detach())).abs().mean(0)
     return loss, metrics
 
 
@@ -198,6 +208,7 @@ def critic_step(learner: Learner, inputs: Inputs, noise: Tensor, rate: float) ->
         noise,
         learner.backup_entropy,
         learner.bf16,
+        learner.project,
     )
     minimise(loss, learner.critic_optimizer, rate)
     learner.critic_bounds.project()
