@@ -24,15 +24,16 @@ class RewardScaler:
         """Take in one vector step, all (N,); rows that are no transition (``valid`` False) touch nothing."""
         moved = self._gamma * (1.0 - done) * self._returns + reward
         self._returns = np.where(valid, moved, self._returns)
-        rows = self._returns[valid]
-        if not rows.size:
+        rows = self._returns if valid.all() else self._returns[valid]
+        size = rows.size
+        if not size:
             return
-        mean, total = float(rows.mean()), self._count + rows.size
-        delta = mean - self._mean
-        self._squares += float(np.square(rows - mean).sum()) + delta**2 * self._count * rows.size / total
-        self._mean += delta * rows.size / total
+        mean, total = float(np.add.reduce(rows)) / size, self._count + size
+        delta, centred = mean - self._mean, rows - mean
+        self._squares += float(centred @ centred) + delta**2 * self._count * size / total
+        self._mean += delta * size / total
         self._count = total
-        self._largest = max(self._largest, float(np.abs(rows).max()))
+        self._largest = max(self._largest, float(rows.max()), -float(rows.min()))
 
     @property
     def scale(self) -> float:

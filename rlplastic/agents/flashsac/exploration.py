@@ -6,11 +6,16 @@ What is drawn at a step depends on (seed, step) alone; the state is what is bein
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from rlplastic import seeding
+
+BLOCK = 64
+"""Steps whose uniform actions are drawn together."""
 
 
 def hold_probabilities(longest: int) -> NDArray[np.float64]:
@@ -58,6 +63,15 @@ class HeldNoise:
 
 
 def uniform_actions(num_envs: int, action_dim: int, seed: int, step: int, rank: int = 0) -> NDArray[np.float32]:
-    """Uniform random actions in [-1, 1] for the phase before learning, a function of (seed, rank, step)."""
-    rng = seeding.generator("cpu", seeding.key("exploration", seed, rank), "uniform", step)
-    return torch.rand(num_envs, action_dim, generator=rng).mul_(2).sub_(1).numpy()
+    """Uniform random actions (N, A) in [-1, 1] for the phase before learning, a function of (seed, rank, step).
+
+    Drawn for `BLOCK` steps at once: making a generator takes longer than a step of a small simulation.
+    """
+    block = _uniform_block(num_envs, action_dim, seeding.key("exploration", seed, rank), step // BLOCK)
+    return block[step % BLOCK].copy()
+
+
+@lru_cache(maxsize=2)
+def _uniform_block(num_envs: int, action_dim: int, key: int, block: int) -> NDArray[np.float32]:
+    rng = seeding.generator("cpu", key, "uniform", block)
+    return torch.rand(BLOCK, num_envs, action_dim, generator=rng).mul_(2).sub_(1).numpy()

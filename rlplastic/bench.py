@@ -1,0 +1,106 @@
+"""`python -m rlplastic.bench what=replay`: how fast the parts are here, beside installed peers; a table, and JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from rlplastic.command_line import parse, run_verb
+from rlplastic.errors import ConfigurationError, nearest
+
+SUBJECTS = ("replay", "loop")
+"""Modules of `rlplastic.benchmarking`; each has ``measure(options) -> rows`` and a ``CAPTION``."""
+LIBRARIES = ("rlplastic", "torch", "numpy", "envpool", "mujoco", "triton", "stable-baselines3", "torchrl")
+
+
+@dataclass
+class Arguments:
+    """Measure a part of rlplastic on this machine; leave it idle meanwhile.
+
+    what: replay (sampling beside Stable-Baselines3 and TorchRL, if installed) or loop (without learning, beside raw
+    envpool); out: JSON file for the numbers; threads: of torch, all cores if left out; repeats: of every figure, of
+    which the median counts; quick: small sizes, to try the command.
+    """
+
+    what: str = MISSING
+    out: str | None = None
+    threads: int | None = None
+    repeats: int = 30
+    quick: bool = False
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure, print, write.
+
+    Raises:
+        ConfigurationError: wrong arguments, or a file that cannot be written.
+    """
+    options = parse(arguments, Arguments, "bench")
+    if options.what not in SUBJECTS:
+        raise ConfigurationError(f"what={options.what!r} cannot be measured; {nearest(options.what, SUBJECTS)}")
+    if options.repeats < 1 or (options.threads is not None and options.threads < 1):
+        raise ConfigurationError("repeats and threads count from 1; expected positive numbers, so give those")
+
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from rlplastic.presets import probe_machine
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    subject = import_module(f"rlplastic.benchmarking.{options.what}")
+    measure: Callable[[Any], list[dict[str, Any]]] = subject.measure
+    rows = measure(options)
+    machine = probe_machine("auto")
+    columns = list(rows[0])
+    table = Table(*columns, title=options.what, caption=subject.CAPTION)
+    for row in rows:
+        table.add_row(*(f"{value:,.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
+    document = {
+        "what": options.what,
+        "command": " ".join(["python -m rlplastic.bench", *arguments]),
+        "processor": machine.processor,
+        "cores": machine.cores,
+        "device": machine.device_name,
+        "threads": torch.get_num_threads(),
+        "versions": _versions(),
+        "caption": subject.CAPTION,
+        "rows": rows,
+    }
+    if options.out is not None:
+        _write(Path(options.out), json.dumps(document, indent=1) + "\n")
+        print(f"written to {options.out}")
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _write(path: Path, text: str) -> None:
+    from rlplastic.run_directory import write_atomically
+
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise ConfigurationError(
+            f"out={path} cannot be written ({error.strerror or error}); expected a file in a writable folder"
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(run_verb(main, sys.argv[1:]))

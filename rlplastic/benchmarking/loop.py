@@ -1,0 +1,81 @@
+"""The loop without learning against raw envpool: random actions, storing, counting, same task and threads.
+
+Both are driven in turn, chunk by chunk, in one process, with actions of the same distribution.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from rlplastic.agents import make_agent
+from rlplastic.checkpoint import CheckpointStore
+from rlplastic.composition import compose
+from rlplastic.envs import catalogue
+from rlplastic.loop import advance
+from rlplastic.presets import probe_machine, resolve
+from rlplastic.run_directory import RunDirectory
+from rlplastic.session import build
+
+CHUNK_SECONDS, ENVS = 0.5, 64
+CAPTION = "Transitions per second, median over chunks; the loop draws actions, steps, checks, stores and counts."
+
+
+def measure(options: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - the verb's arguments
+    """A row for every task."""
+    tasks = ["hopper"] if options.quick else ["humanoid", "halfcheetah", "hopper"]
+    chunks = 2 if options.quick else options.repeats
+    threads = options.threads or probe_machine("cpu").cores
+    return [_row(task, threads, chunks) for task in tasks]
+
+
+def _row(task: str, threads: int, chunks: int) -> dict[str, Any]:
+    import envpool
+
+    overrides = [f"env={task}", f"env.num_envs={ENVS}", f"env.threads={threads}", "replay.minimum=900000"]
+    config, _ = resolve(
+        compose([*overrides, "replay.capacity=1000000", "compile=off", "threads=1"]), probe_machine("cpu")
+    )
+    rates: dict[str, list[float]] = {"raw": [], "loop": []}
+    with tempfile.TemporaryDirectory() as folder, RunDirectory.open(folder, "run", {}) as directory:
+        session = build(config, directory, partial(make_agent), CheckpointStore(directory.path / "checkpoints", 1))
+        raw = envpool.make(
+            catalogue.resolve(config.env.family, config.env.task),
+            env_type="gymnasium",
+            num_envs=ENVS,
+            batch_size=ENVS,
+            num_threads=threads,
+            seed=list(range(ENVS)),
+        )
+        raw.reset()
+        rng = np.random.default_rng(0)
+        low, high = raw.action_space.low, raw.action_space.high
+        actions = rng.uniform(low, high, (256, ENVS, len(low))).astype(raw.action_space.dtype)
+        session.watch.start()
+        for index in range(2 * chunks + 2):
+            name = "raw" if index % 2 == 0 else "loop"
+            started, steps = time.perf_counter(), 0
+            while time.perf_counter() - started < CHUNK_SECONDS:
+                if name == "raw":
+                    raw.step(actions[steps % len(actions)])
+                else:
+                    advance(session)
+                steps += 1
+            if index >= 2:  # the first of each warms up
+                rates[name].append(steps * ENVS / (time.perf_counter() - started))
+        session.envs.close()
+        raw.close()
+    fastest, ours = statistics.median(rates["raw"]), statistics.median(rates["loop"])
+    return {
+        "task": task,
+        "envs": ENVS,
+        "threads": threads,
+        "raw envpool": fastest,
+        "loop": ours,
+        "ratio": ours / fastest,
+    }
