@@ -99,7 +99,7 @@ class ReplayConfig:
     batch_size: int | None = None
     """Transitions per update; published 512 and 2,048."""
     observation_dtype: str = "float32"
-    """float32, float16 or bfloat16 storage of observations; batches are always float32."""
+    """float32, float16, bfloat16 or int8 (cells per dimension) storage of observations; batches are always float32."""
     device: str = "learner"
     """learner: in the learner's memory; pinned: in page-locked host memory, copied to the GPU batch by batch, the next
     one while the learner works on this one."""

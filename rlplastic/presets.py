@@ -278,7 +278,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "critic.kind": ("categorical",),
     "schedule.kind": ("budget", "horizon"),
     "monitor.mode": ("off",),
-    "replay.observation_dtype": ("float32", "float16", "bfloat16"),
+    "replay.observation_dtype": ("float32", "float16", "bfloat16", "int8"),
     "replay.device": ("learner", "pinned"),
     "kernels": ("auto", "triton", "torch"),
     "precision": ("auto", "float32", "bf16"),

@@ -68,7 +68,7 @@ def test_stopping_at_half_the_budget_and_going_on_equals_never_stopping(
     [
         ["replay.holdout=0.4", "agent.n_step=3", "replay.observation_dtype=bfloat16"],
         ["replay.prioritised=true", "replay.holdout=0.4"],
-        ["replay.half_life=100"],
+        ["replay.half_life=100", "replay.observation_dtype=int8"],
     ],
     ids=["held-out episodes", "priorities", "recency"],
 )

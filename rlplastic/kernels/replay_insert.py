@@ -26,8 +26,8 @@ def upload(array: NDArray[Any], device: torch.device) -> Tensor:
 
 
 def narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 ``values`` in the storage dtype, clamped to its finite range."""
-    if dtype == torch.float32:
+    """float32 ``values`` in the storage dtype, clamped to its finite range; 8-bit cells are numbered before."""
+    if values.dtype == dtype:
         return values
     largest = torch.finfo(dtype).max
     return values.clamp(-largest, largest).to(dtype)
@@ -150,7 +150,7 @@ class StagedInsertion:
         """How it is compiled: 16 bytes for each thread."""
         return {"num_warps": max(1, min(8, self.constants()["BLOCK"] * self.ring.observation.element_size() // 512))}
 
-    def _fill(self, part: Tensor, at: slice | Tensor, observation: Mapping[str, NDArray[np.float32]]) -> None:
+    def _fill(self, part: Tensor, at: slice | Tensor, observation: Mapping[str, NDArray[Any]]) -> None:
         rows = part.view(self.ring.observation.dtype).view(self.ring.num_envs, -1)
         for group, elements in self.ring.groups.items():
             rows[at, elements] = narrow(upload(observation[group], part.device), rows.dtype)

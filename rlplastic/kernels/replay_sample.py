@@ -78,7 +78,7 @@ def sample_torch(draw: Draw, number: int, scale: Tensor | None, given: Tensor | 
     draw.discount.copy_(draw.powers.index_select(0, steps).masked_fill_(terminated, 0.0))
     both = torch.cat((given, (given + steps * ring.num_envs).remainder_(ring.rows)))
     width = ring.observation.shape[1]
-    draw.block[:, :width].copy_(ring.observation.index_select(0, both))
+    draw.block[:, :width].copy_(ring.unpacked(both))
     draw.block[:size, width:].copy_(ring.action.index_select(0, given))
 
 
@@ -128,7 +128,7 @@ def sample_numpy(draw: Draw, number: int, scale: Tensor | None, given: Tensor | 
         torch.index_select(packed, 0, both, out=draw.block)
     else:
         width = ring.observation.shape[1]
-        draw.block[:, :width].copy_(ring.observation.index_select(0, both))
+        draw.block[:, :width].copy_(ring.unpacked(both))
         draw.block[:size, width:].copy_(ring.action.index_select(0, both[:size]))
 
 
@@ -190,6 +190,8 @@ def sample_triton(draw: Draw, number: Tensor, scale: Tensor | None, given: Tenso
         scale if scale is not None else draw.powers,  # gamma^0
         draw.powers,
         draw.ages if draw.ages is not None else ring.index,
+        ring.cell if ring.cell is not None else draw.powers,
+        ring.centre if ring.centre is not None else draw.powers,
         given if given is not None else draw.rows,
         draw.block,
         draw.reward,
@@ -215,6 +217,7 @@ def constants(draw: Draw, given: bool) -> dict[str, int | bool]:
         "N_STEP": draw.n_step,
         "AGED": draw.ages is not None,
         "GIVEN": given,
+        "CELLS": ring.cell is not None,
         "BLOCK": min(triton.next_power_of_2(size), 2048),
         "ACTION_BLOCK": triton.next_power_of_2(ring.action.shape[1]),
     }
@@ -239,6 +242,8 @@ def _sample(
     scale: tl.tensor,
     powers: tl.tensor,
     ages: tl.tensor,
+    cell: tl.tensor,
+    centre: tl.tensor,
     given: tl.tensor,
     block: tl.tensor,
     out_reward: tl.tensor,
@@ -255,6 +260,7 @@ def _sample(
     N_STEP: tl.constexpr,
     AGED: tl.constexpr,
     GIVEN: tl.constexpr,
+    CELLS: tl.constexpr,
     BLOCK: tl.constexpr,
     ACTION_BLOCK: tl.constexpr,
 ) -> None:
@@ -302,8 +308,12 @@ def _sample(
         lanes = begin + tl.arange(0, BLOCK)
         now = tl.load(observation + row * ROW_STRIDE + lanes, mask=lanes < SIZE)
         later = tl.load(observation + after * ROW_STRIDE + lanes, mask=lanes < SIZE)
-        tl.store(target + lanes, now.to(tl.float32), mask=lanes < SIZE)
-        tl.store(following + lanes, later.to(tl.float32), mask=lanes < SIZE)
+        now, later = now.to(tl.float32), later.to(tl.float32)
+        if CELLS:
+            width, middle = tl.load(cell + lanes, mask=lanes < SIZE), tl.load(centre + lanes, mask=lanes < SIZE)
+            now, later = (now + 0.5) * width + middle, (later + 0.5) * width + middle
+        tl.store(target + lanes, now, mask=lanes < SIZE)
+        tl.store(following + lanes, later, mask=lanes < SIZE)
     lanes = tl.arange(0, ACTION_BLOCK)
     acted = tl.load(action + row * ACTION_STRIDE + lanes, mask=lanes < ACTIONS)
     tl.store(target + SIZE + lanes, acted, mask=lanes < ACTIONS)

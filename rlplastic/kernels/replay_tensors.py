@@ -42,6 +42,17 @@ class ReplayTensors:
     action_dim: int
     num_slots: int
     num_envs: int
+    cell: Tensor | None = None
+    """(E,) float32, widths of the cells of 8-bit observations; None for other storage."""
+    centre: Tensor | None = None
+    """(E,) float32, where cell 0 begins; None for other storage."""
+
+    def unpacked(self, rows: Tensor) -> Tensor:
+        """Stored observations (n, E) of these flat rows, as what can be copied into float32."""
+        stored = self.observation.index_select(0, rows)
+        if self.cell is None or self.centre is None:
+            return stored
+        return (stored + 0.5) * self.cell + self.centre
 
     @cached_property
     def host(self) -> dict[str, NDArray[Any]]:
@@ -53,7 +64,7 @@ class ReplayTensors:
             "queue": self.queue.view(-1),
             "index": self.index,
         }
-        if self.observation.dtype == torch.float32:
+        if self.observation.dtype in (torch.float32, torch.int8):
             tensors["observation"] = self.observation
         return {name: tensor.numpy() for name, tensor in tensors.items()}
 
@@ -87,8 +98,8 @@ class Insertion:
     """(N,) places in the flat ``queue``, each behind its column's end: an entry counts only once the index says so."""
     slot: NDArray[np.int32]
     """(N,) the slots to enter there."""
-    opened: tuple[tuple[slice | NDArray[np.int64], Mapping[str, NDArray[np.float32]]], ...]
+    opened: tuple[tuple[slice | NDArray[np.int64], Mapping[str, NDArray[Any]]], ...]
     """Rows that receive an observation and lose their flags: the heads of all columns, last; before them, final
-    observations of the columns that ended, if those lie in rows of their own."""
+    observations of the columns that ended, if those lie in rows of their own. Groups of float32, or of int8 cells."""
     index: NDArray[np.int64]
     """(Q, 2, N), the index after this step."""

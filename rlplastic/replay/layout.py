@@ -15,7 +15,13 @@ from torch import Tensor
 
 from rlplastic.errors import ConfigurationError, nearest
 
-OBSERVATION_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+OBSERVATION_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+}
+"""int8: see `rlplastic.replay.quantiser`."""
 ALIGNMENT = 16
 """Bytes; the widest load of a GPU."""
 
@@ -49,7 +55,7 @@ class RowLayout:
         """Lay the parts out one after the other."""
         if self.observation_dtype not in OBSERVATION_DTYPES:
             raise ConfigurationError(
-                f"replay.observation_dtype is {self.observation_dtype!r}; expected float32, float16 or bfloat16: "
+                f"replay.observation_dtype is {self.observation_dtype!r}; "
                 f"{nearest(self.observation_dtype, OBSERVATION_DTYPES)}"
             )
         dtype, groups, at = OBSERVATION_DTYPES[self.observation_dtype], {}, 0

@@ -29,7 +29,12 @@ def memory_bytes(capacity: int, num_envs: int, layout: RowLayout, queues: int = 
     """Bytes of all tensors that a ring of these sizes puts on its device."""
     rows = slots_for(capacity, num_envs) * num_envs
     tree = SumTree.memory_bytes(rows) if prioritised else 0
-    return rows * bytes_per_transition(layout, queues) + 16 * num_envs * queues + tree
+    return rows * bytes_per_transition(layout, queues) + _fixed_bytes(num_envs, layout, queues) + tree
+
+
+def _fixed_bytes(num_envs: int, layout: RowLayout, queues: int) -> int:
+    """The index, and the cells of 8-bit observations."""
+    return 16 * num_envs * queues + (8 * layout.observation_size if layout.dtype == torch.int8 else 0)
 
 
 def check_memory(
@@ -57,13 +62,13 @@ def check_memory(
     available = available_memory(torch.device(device))
     usable = int(USABLE * available)
     if needed > usable:
-        # A tree takes at most 16 bytes for each row.
+        # A tree takes at most 16 bytes for each row, and 4.
         row = (bytes_per_transition(layout, queues) + 16 * prioritised) * num_envs
-        largest = max(0, (usable - 16 * num_envs * queues - 4) // row - 1) * num_envs
+        largest = max(0, (usable - _fixed_bytes(num_envs, layout, queues) - 4 * prioritised) // row - 1) * num_envs
         raise ConfigurationError(
             f"a replay of {capacity:,} transitions needs {needed / 1e9:.2f} GB but {device} has "
             f"{available / 1e9:.2f} GB available, of which a tenth is left to the learner; set replay.capacity to "
-            f"at most {largest} or store observations as float16"
+            f"at most {largest} or store observations as float16 or int8"
         )
     return needed
 

@@ -38,6 +38,7 @@ from rlplastic.replay.holdout import Holdout
 from rlplastic.replay.layout import RowLayout
 from rlplastic.replay.memory import check_memory, slots_for
 from rlplastic.replay.priority import SumTree
+from rlplastic.replay.quantiser import Quantiser
 
 Integers = NDArray[np.int64]
 
@@ -107,6 +108,9 @@ class ReplayRing:
         rows = self.num_slots * num_envs
         storage = torch.zeros(rows, self.layout.row_bytes, dtype=torch.uint8, device=self.device, pin_memory=pinned)
         observation, action = self.layout.stored(storage)
+        cells = (
+            torch.zeros(2, self.layout.observation_size, device=self.device) if observation_dtype == "int8" else None
+        )
         # The host's copy of the flags decides evictions; on a CPU it is the same memory as the tensor.
         self._flags = np.zeros(rows, np.uint8)
         self.tensors = ReplayTensors(
@@ -121,7 +125,10 @@ class ReplayRing:
             action_dim=action_dim,
             num_slots=self.num_slots,
             num_envs=num_envs,
+            cell=None if cells is None else cells[0],
+            centre=None if cells is None else cells[1],
         )
+        self._quantiser = None if cells is None else Quantiser(self.tensors)
         if kernels == "auto":
             kernels = "numpy" if self.device.type == "cpu" else "torch"
         self._insert = WRITERS[kernels](self.tensors)
@@ -192,13 +199,20 @@ class ReplayRing:
         finals = [] if final is None else [(self._open(ended), final)]
         heads = self._open(self._columns)
         index = self._publish()
-        opened = (*finals, (heads, observation))
+        opened = tuple((rows, self._encoded(values)) for rows, values in (*finals, (heads, observation)))
         self._insert(Insertion(row, action, reward, flags, entry, slot, opened, index))
         if self.priorities is not None:
             entered = flags & (VALID | HELD_OUT) == VALID
             self.priorities.add_new(self._upload(_numbers(row)[entered]))
             for rows, _ in opened:
                 self.priorities.clear(self._upload(_numbers(rows)))
+
+    def _encoded(self, observation: Observation) -> Mapping[str, NDArray[np.generic]]:
+        """What is stored of an observation: itself, or the numbers of its cells."""
+        return observation if self._quantiser is None else self._quantiser.encode(observation, self._slots_in_use())
+
+    def _slots_in_use(self) -> int:
+        return min(int(self.written.max()) + 1, self.num_slots)
 
     def _heads(self) -> slice | Integers:
         """The flat rows of all heads: neighbours while all columns are in the same slot."""
@@ -260,6 +274,8 @@ class ReplayRing:
         for counter in (self.written, self._pushed, self._popped, self._episodes, self._held):
             counter[:] = 0
         self.transitions, self.held_out, self._started, self._in_step = 0, 0, False, True
+        if self._quantiser is not None:
+            self._quantiser.reset()
 
     def export_rows(self, start: Integers, stop: Integers) -> dict[str, Tensor]:
         """Rows [start_n, stop_n) of every column n, cut to what is still in the ring, column after column.
@@ -280,7 +296,7 @@ class ReplayRing:
             name: torch.cat([storage.index_select(0, piece).cpu() for piece in pieces])
             for name, storage in self._storages().items()
         }
-        return {"start": torch.from_numpy(start), "stop": torch.from_numpy(stop), **rows}
+        return {"start": torch.from_numpy(start), "stop": torch.from_numpy(stop), **rows, **self._cells()}
 
     def import_rows(self, tensors: Mapping[str, Tensor]) -> None:
         """Put an exported segment back; segments come oldest first into a ring that has not begun, then the head.
@@ -305,6 +321,7 @@ class ReplayRing:
                 f"a replay segment of rows {start.min()} to {stop.max()} comes out of order or exceeds the capacity; "
                 "expected segments oldest first into an empty replay of the same capacity, so use an older checkpoint"
             )
+        tensors = self._aligned(tensors)
         self._forget(self.written, start)
         rows = self._flat_rows(start, stop)
         index = self._upload(rows)
@@ -325,7 +342,22 @@ class ReplayRing:
         heads |= {name: torch.from_numpy(counter.copy()) for name, counter in counters.items()}
         if self.priorities is not None:
             heads |= {f"tree.{name}": tensor.cpu() for name, tensor in self.priorities.state_dict().items()}
-        return heads
+        return heads | self._cells()
+
+    def _cells(self) -> dict[str, Tensor]:
+        """What 8-bit observations need to be read back; nothing for other storage."""
+        if self._quantiser is None:
+            return {}
+        return {f"cells.{name}": tensor for name, tensor in self._quantiser.state_dict().items()}
+
+    def _aligned(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Saved tensors with their 8-bit numbers in the same cells as the rows that are here; others as they are."""
+        if self._quantiser is None:
+            return tensors
+        saved = {name: tensors[f"cells.{name}"] for name in ("centre", "exponent", "started")}
+        shift = torch.from_numpy(self._quantiser.align(saved, self.num_slots))
+        groups = ((f"observation.{group}", part) for group, part in self.layout.groups.items())
+        return {**tensors, **{name: tensors[name] >> shift[part] for name, part in groups}}
 
     def import_head(self, tensors: Mapping[str, Tensor]) -> None:
         """Finish an import: place the heads and rebuild the queues in time order, so that draws go on bit for bit.
@@ -349,6 +381,7 @@ class ReplayRing:
             for column, episode in enumerate(self._episodes.tolist()):
                 self._held[column] = self.holdout.takes(column, episode)
         index = self._upload(written % self.num_slots * self.num_envs + self._columns)
+        tensors = self._aligned(tensors)
         for name, storage in self._storages().items():
             if name.startswith("observation."):
                 storage.index_copy_(0, index, tensors[name].to(self.device))

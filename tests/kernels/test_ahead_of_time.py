@@ -72,12 +72,13 @@ def replay_sample(
 ) -> Request:
     """With the constants that a launch would have; only the number of slots is smaller here."""
     draw = Sampler(replay(sizes, dtype, 1024), 2048, n_step, 0.99, 0, half_life=half_life).buffers
-    stored = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}[dtype]
+    stored = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int8": "*i8"}[dtype]
     return {
         "module": "rlplastic.kernels.replay_sample",
         "kernel": "_sample",
         "types": {"observation": stored, "action": "*fp32", "reward": "*fp32", "flags": "*u8", "queue": "*i32"}
         | {"index": "*i64", "number": "*i64", "scale": "*fp32", "powers": "*fp32", "ages": "*i64", "given": "*i64"}
+        | {"cell": "*fp32", "centre": "*fp32"}
         | {"block": "*fp32", "out_reward": "*fp32", "out_discount": "*fp32", "out_rows": "*i64", "key": "i64"},
         "constants": kernel_of_sample.constants(draw, given),
         "options": kernel_of_sample.options(draw),
@@ -114,6 +115,7 @@ SLOW_KERNELS: dict[str, Request] = {
     "replay sample, Humanoid, by age": replay_sample(HUMANOID, "float32", half_life=1e5),
     "replay sample, Humanoid, rows given": replay_sample(HUMANOID, "float32", given=True),
     "replay sample, G1, float16, 5 steps": replay_sample(G1, "float16", 5),
+    "replay sample, Humanoid, int8": replay_sample(HUMANOID, "int8"),
     "replay sample, 2,500 numbers": replay_sample(({"policy": 2500}, 6), "float32"),
     "categorical target, 1 member, 51 atoms": categorical_target(1, 51, 64),
     "categorical target, 3 members, 251 atoms": categorical_target(3, 251, 256),

@@ -47,7 +47,7 @@ def test_the_kernels_sample_exactly_the_transitions_too(
     capacity=st.integers(1, 30),
     n_step=st.integers(1, 5),
     autoreset=st.sampled_from([NEXT_STEP, SAME_STEP]),
-    dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
+    dtype=st.sampled_from(["float32", "float16", "bfloat16", "int8"]),
     half_life=st.sampled_from([None, 5.0, 1000.0]),
     rebuild_at=st.integers(0, 20),
     seed=st.integers(0, 2**16),
@@ -97,7 +97,7 @@ ADVERSARIAL = {
 
 
 @pytest.mark.parametrize("case", ADVERSARIAL)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_kernels_agree_in_adversarial_cases(case: str, dtype: str) -> None:
     options = {"num_envs": 2, "capacity": 8, "dims": {"policy": 5}, "end_probability": 0.3, "steps": 11}
     options |= ADVERSARIAL[case]

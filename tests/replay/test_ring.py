@@ -42,7 +42,7 @@ def everything(ring: ReplayRing) -> list[torch.Tensor]:
     capacity=st.integers(1, 30),
     n_step=st.integers(1, 3),
     autoreset=st.sampled_from([NEXT_STEP, SAME_STEP]),
-    dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
+    dtype=st.sampled_from(["float32", "float16", "bfloat16", "int8"]),
     segments=st.lists(st.integers(0, 25), min_size=1, max_size=5),
     rebuild=st.booleans(),
     at_once=st.booleans(),
@@ -142,7 +142,7 @@ def test_segments_of_another_replay_or_order_are_refused() -> None:
         ring.import_head({**head, "written": head["written"] - 1})
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 @pytest.mark.parametrize(("capacity", "num_envs"), [(1, 1), (100, 7), (1000, 16)])
 @pytest.mark.parametrize("extras", [False, True])
 def test_memory_estimate_equals_the_allocation(capacity: int, num_envs: int, dtype: str, extras: bool) -> None:

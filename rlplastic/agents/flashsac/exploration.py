@@ -68,7 +68,8 @@ def uniform_actions(num_envs: int, action_dim: int, seed: int, step: int, rank: 
     Drawn for `BLOCK` steps at once: making a generator takes longer than a step of a small simulation.
     """
     block = _uniform_block(num_envs, action_dim, seeding.key("exploration", seed, rank), step // BLOCK)
-    return block[step % BLOCK].copy()
+    action: NDArray[np.float32] = block[step % BLOCK].copy()
+    return action
 
 
 @lru_cache(maxsize=2)
