@@ -63,22 +63,32 @@ def plain(tensor: torch.Tensor) -> np.ndarray:
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy()
 
 
+def in_final_cells(name: str, segment: dict[str, torch.Tensor], head: dict[str, torch.Tensor]) -> torch.Tensor:
+    """8-bit observations (of one group) in the cells that the replay ended with; anything else as it is."""
+    if segment[name].dtype != torch.int8:
+        return segment[name]
+    growth = (head["cells.exponent"] - segment["replay.cells.exponent"]).clamp(max=7)[: segment[name].shape[1]]
+    return segment[name] >> growth.to(torch.int8)
+
+
 def replay_rows(checkpoint: Path) -> str:
     """A hash of all replay rows that the checkpoint's segments hold, however they are cut into segments."""
     rows: dict[tuple[int, int], bytes] = {}
-    capacity = 0
+    head = load_file(checkpoint / "replay_head.safetensors")
     for reference in json.loads((checkpoint / "manifest.json").read_text())["segments"]:
         tensors = load_file(checkpoint.parent / "segments" / reference["name"])
         start, stop = tensors["replay.start"].tolist(), tensors["replay.stop"].tolist()
         fields = [
-            plain(tensors[n]) for n in sorted(tensors) if n.startswith("replay.") and n[7:] not in ("start", "stop")
+            plain(in_final_cells(n, tensors, head))
+            for n in sorted(tensors)
+            if n.startswith("replay.") and n[7:] not in ("start", "stop") and not n.startswith("replay.cells.")
         ]
         offset = 0
         for column, (first, last) in enumerate(zip(start, stop, strict=True)):
             for row in range(first, last):
                 rows[column, row] = b"".join(field[offset + row - first].tobytes() for field in fields)
             offset += last - first
-    written = load_file(checkpoint / "replay_head.safetensors")["written"].tolist()
+    written = head["written"].tolist()
     capacity = min(100, min(written))  # what is surely still in the ring, whichever segments carry older rows
     digest = hashlib.sha256()
     for column, last in enumerate(written):
