@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    "on Debian or Ubuntu run 'apt install python3 python3-venv', or name an interpreter with PYTHON=…" >&2; exit 1; \
 	fi; \
 	[ -x $(BIN)/python ] || "$$found" -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check $(INDEX) -c constraints.txt -e ".[dev,export,video]"
+	$(BIN)/python -m pip install --disable-pip-version-check $(INDEX) -c constraints.txt -e ".[dev,export,video,kernels]"
 	@touch $@
 
 train: $(STAMP) ## train; choose with ARGS="agent=flashsac env=hopper seed=1"

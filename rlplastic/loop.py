@@ -66,7 +66,7 @@ def advance(session: Session) -> int:
     budget_used = session.budget.used(progress)
     # While all that the replay holds is held out, updates wait.
     due = session.replay_ratio.due(progress) if session.replay.transitions else 0
-    for batch in session.sampler.batches(agent.updates, due, agent.reward_scale):
+    for batch in session.sampler.batches(agent.updates, due, agent.reward_scale) if due else ():
         metrics = agent.update(batch, budget_used)
         if agent.td_error is not None:
             session.sampler.reprioritise(batch.rows, agent.td_error)

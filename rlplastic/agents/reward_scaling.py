@@ -23,8 +23,9 @@ class RewardScaler:
     def observe(self, reward: NDArray[np.float32], done: NDArray[np.bool_], valid: NDArray[np.bool_]) -> None:
         """Take in one vector step, all (N,); rows that are no transition (``valid`` False) touch nothing."""
         moved = self._gamma * (1.0 - done) * self._returns + reward
-        self._returns = np.where(valid, moved, self._returns)
-        rows = self._returns if valid.all() else self._returns[valid]
+        everywhere = valid.all()
+        self._returns = moved if everywhere else np.where(valid, moved, self._returns)
+        rows = moved if everywhere else moved[valid]
         size = rows.size
         if not size:
             return
@@ -33,7 +34,7 @@ class RewardScaler:
         self._squares += float(centred @ centred) + delta**2 * self._count * size / total
         self._mean += delta * size / total
         self._count = total
-        self._largest = max(self._largest, float(rows.max()), -float(rows.min()))
+        self._largest = max(self._largest, float(np.abs(rows).max()))
 
     @property
     def scale(self) -> float:

@@ -22,22 +22,22 @@ from rlplastic.presets import probe_machine, resolve
 from rlplastic.run_directory import RunDirectory
 from rlplastic.session import build
 
-CHUNK_SECONDS, ENVS = 0.5, 64
+CHUNK_SECONDS = 0.5
 CAPTION = "Transitions per second, median over chunks; the loop draws actions, steps, checks, stores and counts."
 
 
 def measure(options: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - the verb's arguments
-    """A row for every task."""
+    """A row for every task and number of environments."""
     tasks = ["hopper"] if options.quick else ["humanoid", "halfcheetah", "hopper"]
     chunks = 2 if options.quick else options.repeats
     threads = options.threads or probe_machine("cpu").cores
-    return [_row(task, threads, chunks) for task in tasks]
+    return [_row(task, envs, threads, chunks) for task in tasks for envs in (64, 256)]
 
 
-def _row(task: str, threads: int, chunks: int) -> dict[str, Any]:
+def _row(task: str, num_envs: int, threads: int, chunks: int) -> dict[str, Any]:
     import envpool
 
-    overrides = [f"env={task}", f"env.num_envs={ENVS}", f"env.threads={threads}", "replay.minimum=900000"]
+    overrides = [f"env={task}", f"env.num_envs={num_envs}", f"env.threads={threads}", "replay.minimum=900000"]
     config, _ = resolve(
         compose([*overrides, "replay.capacity=1000000", "compile=off", "threads=1"]), probe_machine("cpu")
     )
@@ -47,15 +47,15 @@ def _row(task: str, threads: int, chunks: int) -> dict[str, Any]:
         raw = envpool.make(
             catalogue.resolve(config.env.family, config.env.task),
             env_type="gymnasium",
-            num_envs=ENVS,
-            batch_size=ENVS,
+            num_envs=num_envs,
+            batch_size=num_envs,
             num_threads=threads,
-            seed=list(range(ENVS)),
+            seed=list(range(num_envs)),
         )
         raw.reset()
         rng = np.random.default_rng(0)
         low, high = raw.action_space.low, raw.action_space.high
-        actions = rng.uniform(low, high, (256, ENVS, len(low))).astype(raw.action_space.dtype)
+        actions = rng.uniform(low, high, (256, num_envs, len(low))).astype(raw.action_space.dtype)
         session.watch.start()
         for index in range(2 * chunks + 2):
             name = "raw" if index % 2 == 0 else "loop"
@@ -67,13 +67,13 @@ def _row(task: str, threads: int, chunks: int) -> dict[str, Any]:
                     advance(session)
                 steps += 1
             if index >= 2:  # the first of each warms up
-                rates[name].append(steps * ENVS / (time.perf_counter() - started))
+                rates[name].append(steps * num_envs / (time.perf_counter() - started))
         session.envs.close()
         raw.close()
     fastest, ours = statistics.median(rates["raw"]), statistics.median(rates["loop"])
     return {
         "task": task,
-        "envs": ENVS,
+        "envs": num_envs,
         "threads": threads,
         "raw envpool": fastest,
         "loop": ours,

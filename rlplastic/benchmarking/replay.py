@@ -33,7 +33,8 @@ def measure(options: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - the verb's 
     """A row for every batch size, number of steps and buffer."""
     capacity = 20_000 if options.quick else 1_000_000
     batches = [256] if options.quick else [256, 512, 2048]
-    rings = {"rlplastic": _ring(capacity, "float32"), "rlplastic, float16": _ring(capacity, "float16")}
+    rings = {"rlplastic": _ring(capacity, "float32")}
+    rings |= {f"rlplastic, {dtype}": _ring(capacity, dtype) for dtype in ("float16", "int8")}
     peers = _peers(capacity)
     rows = []
     for batch in batches:

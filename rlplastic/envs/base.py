@@ -127,11 +127,12 @@ def check_actions(actions: Array, num_envs: int, action_dim: int) -> None:
         raise EnvironmentContractError(
             f"actions are {found}; expected a float32 array of shape ({num_envs}, {action_dim}) with values in [-1, 1]"
         )
+    largest = np.abs(actions).max(initial=0.0)  # NaN if there is one
+    if largest <= 1.0:
+        return
     if not np.isfinite(actions).all():
         rows = np.flatnonzero(~np.isfinite(actions).all(axis=1))[:8].tolist()
         raise NonFiniteError(f"the action of environments {rows} is not finite; expected numbers in [-1, 1]")
-    if np.abs(actions).max(initial=0.0) > 1.0:
-        raise EnvironmentContractError(
-            f"an action has magnitude {np.abs(actions).max():.4g}; expected values in [-1, 1], which the adapter "
-            "maps to the Box"
-        )
+    raise EnvironmentContractError(
+        f"an action has magnitude {largest:.4g}; expected values in [-1, 1], which the adapter maps to the Box"
+    )

@@ -78,7 +78,7 @@ def sample_torch(draw: Draw, number: int, scale: Tensor | None, given: Tensor | 
     draw.discount.copy_(draw.powers.index_select(0, steps).masked_fill_(terminated, 0.0))
     both = torch.cat((given, (given + steps * ring.num_envs).remainder_(ring.rows)))
     width = ring.observation.shape[1]
-    draw.block[:, :width].copy_(ring.unpacked(both))
+    ring.unpack(both, draw.block[:, :width])
     draw.block[:size, width:].copy_(ring.action.index_select(0, given))
 
 
@@ -128,7 +128,7 @@ def sample_numpy(draw: Draw, number: int, scale: Tensor | None, given: Tensor | 
         torch.index_select(packed, 0, both, out=draw.block)
     else:
         width = ring.observation.shape[1]
-        draw.block[:, :width].copy_(ring.unpacked(both))
+        ring.unpack(both, draw.block[:, :width])
         draw.block[:size, width:].copy_(ring.action.index_select(0, both[:size]))
 
 

@@ -47,12 +47,11 @@ class ReplayTensors:
     centre: Tensor | None = None
     """(E,) float32, where cell 0 begins; None for other storage."""
 
-    def unpacked(self, rows: Tensor) -> Tensor:
-        """Stored observations (n, E) of these flat rows, as what can be copied into float32."""
-        stored = self.observation.index_select(0, rows)
-        if self.cell is None or self.centre is None:
-            return stored
-        return (stored + 0.5) * self.cell + self.centre
+    def unpack(self, rows: Tensor, out: Tensor) -> None:
+        """Write the observations of these flat rows (n,) to ``out`` (n, E) float32."""
+        out.copy_(self.observation.index_select(0, rows))
+        if self.cell is not None and self.centre is not None:
+            out.add_(0.5).mul_(self.cell).add_(self.centre)
 
     @cached_property
     def host(self) -> dict[str, NDArray[Any]]:

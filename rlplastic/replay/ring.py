@@ -254,10 +254,12 @@ class ReplayRing:
     def _publish(self) -> Integers:
         """The index (Q, 2, N) as it is now; also brings the counts of transitions up to date."""
         count = self._pushed - self._popped
-        cumulative = np.cumsum(count, 1)
+        index = np.empty((len(count), 2, self.num_envs), np.int64)
+        cumulative = np.add.accumulate(count, 1, out=index[:, 0])
+        np.subtract(self._popped + count, cumulative, out=index[:, 1])
         self.transitions = int(cumulative[0, -1])
         self.held_out = int(cumulative[-1, -1]) if self.holdout is not None else 0
-        return np.stack((cumulative, self._popped - (cumulative - count)), 1)
+        return index
 
     def _next_episode(self, columns: Integers) -> None:
         """Count the episodes that begin in ``columns``, and decide whether they are held out."""
