@@ -38,11 +38,11 @@ def test_every_number_is_that_of_its_cell_in_exact_arithmetic(rows: list[tuple[f
     for slot, value in enumerate(values):
         for d in range(DIM):
             # As if the cells had been this wide from the beginning, in fractions.
-            distance = Fraction(float(value[d])) - Fraction(float(values[0][d]))
+            distance = Fraction(float(value[d]) - float(values[0][d]))  # rounded once, to a float64
             expected = distance / Fraction(2) ** int(exponent[d]) // 1
             assert ring.tensors.observation[slot, d].item() == expected and -128 <= expected <= 127
     for d in range(DIM):  # no wider than needed
-        farthest = max(abs(Fraction(float(v[d])) - Fraction(float(values[0][d]))) for v in values)
+        farthest = max(abs(Fraction(float(v[d]) - float(values[0][d]))) for v in values)
         assert farthest == 0 or exponent[d] == -40 or farthest >= 64 * Fraction(2) ** int(exponent[d])
 
 
