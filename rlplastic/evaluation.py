@@ -9,7 +9,7 @@ runs differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +36,12 @@ class Evaluation:
     returns: NDArray[np.float64]
     lengths: NDArray[np.int64]
     terminated: NDArray[np.bool_]
+
+    @classmethod
+    def from_lists(cls, saved: Mapping[str, Sequence[float]]) -> Evaluation:
+        """From lists by name, as JSON keeps them."""
+        dtypes = {"returns": np.float64, "lengths": np.int64, "terminated": np.bool_}
+        return cls(**{name: np.array(saved[name], dtype) for name, dtype in dtypes.items()})
 
     @property
     def mean(self) -> float:

@@ -336,6 +336,16 @@ def _check_sizes(config: Config) -> None:
         raise ConfigurationError(
             f"replay.batch_size={batch} is larger than replay.capacity={capacity}; lower the one or raise the other"
         )
+    if config.env_steps is not None and minimum >= config.env_steps and config.init_from is None:
+        raise ConfigurationError(
+            f"env_steps={config.env_steps} ends the run before replay.minimum={minimum} random transitions are there, "
+            "so nothing would be learned; raise the one or lower the other"
+        )
+    if config.env_steps is not None and config.env.num_envs is not None and config.env.num_envs > config.env_steps:
+        raise ConfigurationError(
+            f"env.num_envs={config.env.num_envs} makes one vector step longer than env_steps={config.env_steps}; lower "
+            "env.num_envs or raise env_steps"
+        )
     if config.replay.prioritised and config.replay.half_life is not None:
         raise ConfigurationError(
             "replay.prioritised and replay.half_life are two ways to draw; expected one of them, so leave one out"

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlplastic.agents import parameter_bytes
 from rlplastic.agents.base import Agent
 from rlplastic.checkpoint import CheckpointStore, Loaded, SegmentReference
 from rlplastic.config import Config
@@ -25,9 +26,11 @@ from rlplastic.envs import make_envs
 from rlplastic.envs.base import Observation, Step, VectorEnv, step
 from rlplastic.envs.episodes import EpisodeStatistics
 from rlplastic.errors import ConfigurationError, NonFiniteError, SegmentMissingError
+from rlplastic.evaluation import Evaluation
 from rlplastic.guards import Guard
 from rlplastic.progress import Budget, MetricMeans, Progress, ReplayRatio, Stopwatch
 from rlplastic.replay import Holdout, Prioritisation, ReplayRing, Sampler
+from rlplastic.replay.memory import available_memory
 from rlplastic.replay.prefetch import PrefetchingSampler
 from rlplastic.run_directory import RunDirectory
 
@@ -68,6 +71,8 @@ class Session:
     """What the environments returned last."""
     uniform_until: int
     """Transitions collected with uniform random actions."""
+    final_evaluation: Evaluation | None = None
+    """That of the finished run; saved with it, so that rerunning the command can tell it again."""
     metrics: MetricMeans = field(default_factory=MetricMeans)
     watch: Stopwatch = field(default_factory=Stopwatch)
     actions: list[NDArray[np.float32]] = field(default_factory=list)
@@ -140,6 +145,9 @@ class Session:
         segment |= {"first_action": torch.tensor(first_action), "builds": torch.tensor(self.progress.builds)}
         arrays = {f"episodes.{name}": torch.from_numpy(np.asarray(a)) for name, a in self.episodes.state_dict().items()}
         arrays |= {f"observation.{group}": torch.from_numpy(array) for group, array in self.observation.items()}
+        documents = {"progress": asdict(self.progress), "logs": log_lengths, "finished": finished}
+        if self.final_evaluation is not None:
+            documents["evaluation"] = {name: array.tolist() for name, array in vars(self.final_evaluation).items()}
         try:
             checkpoint = self.store.save(
                 self.progress.transitions,
@@ -148,7 +156,7 @@ class Session:
                     "replay_head": self.replay.export_head(),
                     "loop": arrays | {f"metrics.{name}": tensor for name, tensor in self.metrics.state_dict().items()},
                 },
-                documents={"progress": asdict(self.progress), "logs": log_lengths, "finished": finished},
+                documents=documents,
                 new_segments=[segment],
                 kept_segments=[old.reference for old in kept],
                 check_finite=("agent",),
@@ -288,15 +296,16 @@ def _build(
     settings = config.replay
     assert settings.minimum and config.replay_ratio
     replay, sampler = _replay(config, envs)
-    try:
-        agent = make_agent(config, envs.observation_dims, envs.action_dim)
-    except (RuntimeError, MemoryError) as error:
-        if "memory" not in str(error):
-            raise
+    needed, there = (
+        parameter_bytes(config, envs.observation_dims, envs.action_dim),
+        available_memory(torch.device(config.device)),
+    )
+    if needed > there:
         raise ConfigurationError(
-            f"the networks do not fit into memory ({str(error).splitlines()[0]}); lower agent.critic_width, "
-            "agent.actor_width or agent.num_blocks"
-        ) from error
+            f"the networks need {needed / 1e9:.1f} GB but {config.device} has {there / 1e9:.1f} GB left; lower "
+            "agent.critic_width, agent.actor_width or agent.num_blocks"
+        )
+    agent = make_agent(config, envs.observation_dims, envs.action_dim)
     taken = named_parts(config.init_what) if config.init_from is not None else []
     minimum = 0 if "replay" in taken else settings.minimum
     progress = Progress()

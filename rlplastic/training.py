@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 from rlplastic.agents import make_agent
-from rlplastic.checkpoint import CheckpointStore
+from rlplastic.checkpoint import CheckpointStore, Loaded
 from rlplastic.command_line import override_key
 from rlplastic.composition import compose
 from rlplastic.config import Config
@@ -49,7 +52,7 @@ class Result:
     transitions: int
     updates: int
     evaluation: Evaluation | None
-    """The final evaluation; None if the run had been finished before."""
+    """The final evaluation, also if the run had been finished before."""
 
 
 def train_agent(overrides: Sequence[str] = (), *, quiet: bool = False) -> Result:
@@ -118,11 +121,7 @@ def _train(config: Config, choices: list[Choice], directory: RunDirectory, view:
     if loaded is not None and loaded.documents["finished"]:
         progress = Progress(**loaded.documents["progress"])
         if Budget(config.env_steps, config.max_minutes).spent(progress):
-            view.note(
-                f"{directory.path} is finished at step {loaded.step:,}; "
-                "give it a larger env_steps or max_minutes to go on"
-            )
-            return Result(directory.path, loaded.step, int(loaded.tensors("agent")["updates"]), None)
+            return _finished(loaded, directory, view)
     transform = acceleration.apply(config)
     session = build(config, directory, partial(make_agent, compile=transform), store)
     try:
@@ -147,10 +146,41 @@ def _train(config: Config, choices: list[Choice], directory: RunDirectory, view:
             train(session, reporter)
             if config.tracking.video:
                 _record(session, tracker, view)
-        view.note(f"checkpoint: {directory.path}/checkpoints   TensorBoard: tensorboard --logdir {directory.path}")
+        _say_where(directory, view)
+        if session.agent.updates == 0:
+            view.warn(
+                f"nothing was learned: replay.minimum={config.replay.minimum:,} transitions come before the first "
+                f"update and the run ended after {session.progress.transitions:,}; raise the budget or lower it"
+            )
         return Result(directory.path, session.progress.transitions, session.agent.updates, reporter.last_evaluation)
     finally:
         session.envs.close()
+
+
+def _finished(loaded: Loaded, directory: RunDirectory, view: View) -> Result:
+    """What an earlier start of the same command ended with."""
+    evaluation = Evaluation.from_lists(loaded.documents["evaluation"]) if "evaluation" in loaded.documents else None
+    told = f", evaluated at {evaluation.mean:.5g}" if evaluation else ""
+    more = "give it a larger env_steps or max_minutes to go on"
+    view.note(f"{directory.path} is finished at step {loaded.step:,}{told}; {more}")
+    _say_where(directory, view)
+    return Result(directory.path, loaded.step, int(loaded.tensors("agent")["updates"]), evaluation)
+
+
+def _say_where(directory: RunDirectory, view: View) -> None:
+    """Commands to copy, for a shell in which nothing was activated."""
+    tensorboard = Path(sys.executable).with_name("tensorboard")
+    command = str(tensorboard) if tensorboard.exists() else "tensorboard"
+    view.note(
+        f"checkpoint: {directory.path}/checkpoints   "
+        f"TensorBoard: {shlex.quote(_short(command))} --logdir {shlex.quote(str(directory.path))}"
+    )
+
+
+def _short(path: str) -> str:
+    """Relative to the working directory where that is shorter."""
+    relative = os.path.relpath(path) if os.path.isabs(path) else path
+    return relative if len(relative) < len(path) else path
 
 
 def _record(session: Session, tracker: Tracker, view: View) -> None:

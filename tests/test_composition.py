@@ -57,7 +57,7 @@ OUT_OF_RANGE = [
     "precision=float8",
     "compile=maybe",
     "env.autoreset=sometimes",
-    "replay.observation_dtype=int8",
+    "replay.observation_dtype=int4",
     "resume=partly",
 ]
 

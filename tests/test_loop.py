@@ -95,10 +95,13 @@ def test_training_is_bit_identical_whatever_kernels_write_and_sample_the_replay(
 
 
 def test_rerunning_a_finished_run_says_so_and_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    before = trained(tmp_path)
+    first = train_agent([*SMALL, f"runs={tmp_path}", "name=run"], quiet=True)
+    before = final_state(tmp_path / "run")
     result = train_agent([*SMALL, f"runs={tmp_path}", "name=run"])
-    assert "is finished at step 600" in capsys.readouterr().out
-    assert (result.transitions, result.evaluation) == (600, None)
+    assert "is finished at step 600, evaluated at" in capsys.readouterr().out
+    assert result.transitions == 600 and first.evaluation is not None and result.evaluation is not None
+    assert result.evaluation.returns.tolist() == first.evaluation.returns.tolist()
+    assert result.evaluation.ci95 == first.evaluation.ci95
     assert final_state(tmp_path / "run") == before
 
 

@@ -17,7 +17,8 @@ def test_the_python_example_runs_in_about_ten_lines(tmp_path: Path, monkeypatch:
     (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    exec(compile(block, "README.md", "exec"), names)
+    for _ in range(2):  # whoever runs it again finds the run finished
+        exec(compile(block, "README.md", "exec"), names)
     assert names["reward"].shape == (2,)  # type: ignore[attr-defined]
     assert len([line for line in block.splitlines() if line.strip()]) <= 12
 

@@ -33,6 +33,20 @@ FACTORIES: dict[str, Callable[..., Agent]] = {"flashsac": _flashsac}
 """Agent by `agent.name`."""
 
 
+def parameter_bytes(config: Config, observation_dims: Mapping[str, int], action_dim: int) -> int:
+    """Bytes of parameters, their gradients, Adam's moments and the target critic; float32, norms left out."""
+    agent, members = config.agent, config.critic.num_members
+    assert agent.critic_width and agent.actor_width, "resolve the configuration first"
+
+    def trunk(inputs: int, width: int) -> int:
+        return inputs * width + agent.num_blocks * 8 * width**2
+
+    critic = trunk(observation_dims.get("critic", observation_dims["policy"]) + action_dim, agent.critic_width)
+    critic += agent.critic_width * config.critic.num_atoms
+    actor = trunk(observation_dims["policy"], agent.actor_width) + 2 * agent.actor_width * action_dim
+    return 4 * (5 * members * critic + 4 * actor)
+
+
 def make_agent(
     config: Config,
     observation_dims: Mapping[str, int],

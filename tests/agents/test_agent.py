@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from rlplastic.agents import make_agent, parameter_bytes
 from rlplastic.agents.flashsac import FlashSAC, update
+from rlplastic.composition import compose
 from rlplastic.config import AgentConfig, CriticConfig
 from rlplastic.envs.base import Step
+from rlplastic.presets import probe_machine, resolve
 from rlplastic.replay.sample import Batch
 
 DIMS = {"policy": 3, "critic": 5}
@@ -336,3 +339,11 @@ def test_state_moves_between_devices_and_continues() -> None:
     restored = agent_of()
     restored.load_state_dict(cuda.state_dict())
     restored.update(batch, 0.0)
+
+
+def test_memory_of_the_networks_is_estimated_before_they_are_made() -> None:
+    config, _ = resolve(compose(["agent.critic_width=128", "agent.actor_width=64", "device=cpu"]), probe_machine("cpu"))
+    dims = {"policy": 40, "critic": 60}
+    learner = make_agent(config, dims, 7).learner
+    critic, actor = (sum(p.numel() for p in net.parameters()) for net in (learner.critic, learner.actor))
+    assert parameter_bytes(config, dims, 7) == pytest.approx(4 * (5 * critic + 4 * actor), rel=0.05)
