@@ -56,17 +56,34 @@ class Interrupted(RlplasticError):
     exit_code = 130
 
 
-def nearest(name: str, valid: Iterable[str], count: int = 3) -> str:
-    """A hint such as ``did you mean 'hopper'?``, or the valid names when nothing is near; empty without any.
+def nearest(name: str, valid: Iterable[str], count: int = 3, prefix: str = "") -> str:
+    """A hint: the nearest valid names, all of them where they are few; empty without any.
 
-    Matching ignores case, since most wrong names are right names with the wrong capitals.
+    Matching ignores case, since most wrong names are right names with the wrong capitals. A name that begins the other
+    one is near: ``enviroment`` means ``env``, ``paper`` one of ``paper_cpu`` and ``paper_gpu``.
+
+    Args:
+        name: what was given.
+        valid: what would have been understood.
+        count: most names in ``did you mean 'hopper' or 'humanoid'?``.
+        prefix: shown before every name, such as the folder that holds them.
     """
     names = sorted(set(valid))
     if not names:
         return ""
-    folded = {candidate.lower(): candidate for candidate in names}
-    close = [folded[key] for key in difflib.get_close_matches(name.lower(), folded, n=count, cutoff=0.5)]
-    if close:
-        return "did you mean " + " or ".join(repr(candidate) for candidate in close) + "?"
-    shown = ", ".join(names[:12])
-    return f"valid names: {shown}" + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    wanted = name.lower()
+    matcher = difflib.SequenceMatcher(b=wanted)
+    likeness = {}
+    for candidate in names:
+        folded = candidate.lower()
+        matcher.set_seq1(folded)
+        short, long = sorted((wanted, folded), key=len)
+        begins = len(short) >= 3 and long.startswith(short)
+        likeness[candidate] = max(matcher.ratio(), 0.75 if begins else 0.0)
+    near = [candidate for candidate in sorted(names, key=lambda c: -likeness[c]) if likeness[candidate] >= 0.5][:count]
+    question = "did you mean " + " or ".join(repr(prefix + candidate) for candidate in near) + "?"
+    shown = ", ".join(prefix + candidate for candidate in names[:12])
+    listing = f"valid names: {shown}" + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    if not near:
+        return listing
+    return question if len(names) > 6 or len(near) == len(names) else f"{question} {listing}"

@@ -101,11 +101,14 @@ def read_config(run: Path) -> Config:
     """
     file = run / "config.yaml"
     if not file.is_file():
-        siblings = [entry.name for entry in run.parent.glob("*") if (entry / "config.yaml").is_file()]
+        # for a folder of runs, such as run=runs, those in it; else those beside the one that was meant
+        inside = [entry.name for entry in run.glob("*") if (entry / "checkpoints").is_dir()]
+        beside = [entry.name for entry in run.parent.glob("*") if (entry / "checkpoints").is_dir()]
+        folder, name = (run, "") if inside else (run.parent, run.name)
+        hint = nearest(name, inside or beside, prefix="" if folder == Path() else f"{folder}/")
         what = "holds no config.yaml" if run.is_dir() else "does not exist"
         raise ConfigurationError(
-            f"run={run} {what}; expected a run directory as made by rlplastic.train"
-            + (f"; {nearest(run.name, siblings)}" if siblings else "")
+            f"run={run} {what}; expected a run directory as made by rlplastic.train" + (f"; {hint}" if hint else "")
         )
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(file)))

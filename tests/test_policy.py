@@ -95,11 +95,29 @@ def test_observation_of_another_width_is_refused_in_one_sentence(tmp_path: Path)
 
 def test_missing_run_names_its_neighbours(tmp_path: Path) -> None:
     save(tmp_path / "humanoid_flashsac_seed0", agent_of({"policy": 3}, 1, 8, 2))
-    with pytest.raises(ConfigurationError, match=r"does not exist.*did you mean 'humanoid_flashsac_seed0'"):
+    with pytest.raises(ConfigurationError, match=r"does not exist.*did you mean '.*/humanoid_flashsac_seed0'"):
         load_policy(tmp_path / "humanoid_flashsac_seed")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigurationError, match=r"holds no config\.yaml"):
         load_policy(tmp_path / "empty")
+
+
+def test_names_of_runs_are_told_as_they_are_typed_and_folders_that_are_no_runs_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "runs" / "hopper_seed0", agent_of({"policy": 3}, 1, 8, 2))
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "config.yaml").write_text("seed: 0")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "empty").mkdir()
+    told = {"runs/hopper_seed": "did you mean 'runs/hopper_seed0'?", "runs": "valid names: runs/hopper_seed0"}
+    told["runs/empty"] = told["runs"]
+    for given, hint in told.items():
+        with pytest.raises(ConfigurationError) as caught:
+            load_policy(given)
+        assert str(caught.value).endswith(f"; {hint}")
+    with pytest.raises(ConfigurationError, match=r"as made by rlplastic\.train$"):
+        load_policy("hopper_seed0")
 
 
 def test_run_without_a_checkpoint_is_a_configuration_error(tmp_path: Path) -> None:
