@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlplastic.command_line import first_line, flatten, override_key
 from rlplastic.config import Config, register
+from rlplastic.envs.catalogue import require_task
 from rlplastic.errors import ConfigurationError, nearest
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
@@ -38,7 +39,7 @@ def compose(overrides: Sequence[str]) -> Config:
 
     register()
     for override in overrides:
-        if "=" not in override and not override.startswith("~"):
+        if "=" not in override and not override.startswith("~"):  # what begins with ~ is refused below, whole
             raise ConfigurationError(f"{override!r} is not of the form key=value; for example env=hopper")
     refuse_unknown(overrides)
     GlobalHydra.instance().clear()
@@ -61,6 +62,7 @@ def typed(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigurationError(f"the configuration is incomplete: {first_line(error)}") from error
     assert isinstance(config, Config)
+    require_task(config.env.family, config.env.task)
     return config
 
 
@@ -81,16 +83,22 @@ def in_hydra_grammar(overrides: Sequence[str]) -> list[str]:
 
 
 def refuse_unknown(overrides: Sequence[str]) -> None:
-    """Refuse keys that no schema has, before Hydra would add them silently for a `+`.
+    """Refuse what Hydra would take without a word: keys that no schema has behind a `+`, parts left out, odd choices.
 
     Raises:
-        ConfigurationError: naming the nearest known key.
+        ConfigurationError: naming the nearest known key, or the choices.
     """
     known = list(flatten(OmegaConf.to_container(OmegaConf.structured(Config)))) + list(GROUPS)
     for override in overrides:
         name = override_key(override)
+        if override.startswith("~"):
+            raise ConfigurationError(
+                f"{override!r} would leave out a part that every run needs; expected key=value, which sets it"
+            )
         if name not in known and not name.startswith((*FREE_KEYS, "hydra")) and not _is_section(name, known):
             raise ConfigurationError(f"unknown key {name!r}; {nearest(name, known)}")
+        if name in GROUPS:
+            _refuse_odd_choice(name, override.partition("=")[2])
 
 
 def explain(error: Exception, overrides: Sequence[str]) -> str:
@@ -102,7 +110,7 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
     missing = re.search(r"Could not find '([^'/]+)/([^']+)'", text)
     if missing:
         group, choice = missing.groups()
-        return f"{group}={choice} is not a choice of {group}; {nearest(choice, choices_of(group), count=4)}"
+        return _no_choice(group, choice)
     several = [o for o in overrides if "," in o.partition("=")[2]]
     if several and "Ambiguous value" in text:
         return f"{several[0]} lists several values; put -m before it to sweep over them, one run each"
@@ -112,6 +120,18 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
     return (
         f"{given[0] if given else 'the configuration'} was refused: {first_line(cause)}; give a value of the right type"
     )
+
+
+def _refuse_odd_choice(group: str, value: str) -> None:
+    """Choices that Hydra takes but nobody means: types without values, none, several laid over each other."""
+    several = [value] if value.startswith("[") else value.split(",")  # the latter is a sweep
+    for choice in several:
+        if choice == "null" or choice.startswith("[") or choice.endswith("_schema"):
+            raise ConfigurationError(_no_choice(group, choice))
+
+
+def _no_choice(group: str, choice: str) -> str:
+    return f"{group}={choice} is not a choice of {group}; {nearest(choice, choices_of(group), count=4)}"
 
 
 def _is_section(name: str, known: Sequence[str]) -> bool:
@@ -128,3 +148,7 @@ GROUPS = ("agent", "critic", "env", "monitor", "preset", "schedule")
 def choices_of(group: str) -> list[str]:
     """The names that a configuration group accepts."""
     return sorted(path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml"))
+
+
+# for `--help` (configs/config.yaml): Hydra's own listing shows the schemas too
+OmegaConf.register_new_resolver("choices_of", lambda group: ", ".join(choices_of(group)), replace=True)

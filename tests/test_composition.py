@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import re
 
-from rlplastic.composition import GROUPS, choices_of, compose
+import pytest
+from small_runs import run
+
+from rlplastic.composition import GROUPS, choices_of, compose, refuse_unknown
+from rlplastic.envs.catalogue import EXAMPLES, FAMILIES
 from rlplastic.errors import ConfigurationError
 from rlplastic.presets import Machine, resolve
 
@@ -26,6 +30,14 @@ MISTAKES = [
     ("max_minutes=soon", "max_minutes=soon was refused"),
     ("humanoid", "'humanoid' is not of the form key=value"),
     ("env={", "env={"),
+    ("enviroment=hopper", "unknown key 'enviroment'; did you mean 'env'"),
+    ("preset=fast", "did you mean 'auto'? valid names: auto, debug, paper_cpu, paper_gpu"),
+    ("~agent", "'~agent' would leave out a part that every run needs"),
+    ("~seed", "expected key=value"),
+    ("env=env_schema", "env=env_schema is not a choice of env"),
+    ("agent=agent_schema", "agent=agent_schema is not a choice of agent; valid names: flashsac"),
+    ("critic=null", "critic=null is not a choice of critic; valid names: categorical"),
+    ("env=[hopper,ant]", "env=[hopper,ant] is not a choice of env; did you mean 'hopper'"),
 ]
 
 
@@ -82,12 +94,34 @@ def test_environment_options_need_no_plus_sign() -> None:
     assert compose(["env.kwargs.frame_skip=2"]).env.kwargs == {"frame_skip": 2}
 
 
+def test_an_odd_choice_in_a_sweep_is_named_alone() -> None:
+    with pytest.raises(ConfigurationError, match=r"^env=env_schema is not a choice of env"):
+        refuse_unknown(["env=hopper,env_schema"])
+    refuse_unknown(["env=hopper,ant", "env=choice(hopper,ant)", "env='hopper'"])
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_choice_of_every_group_composes(group: str) -> None:
     names = choices_of(group)
     assert names
     for name in names:
-        compose([f"{group}={name}"])
+        compose([f"{group}={name}", *([f"env.task={EXAMPLES[name]}"] if name in EXAMPLES else [])])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_without_a_task_is_refused_with_an_example_that_composes(family: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"env={family} is a family") as caught:
+        compose([f"env={family}"])
+    (example,) = re.findall(r"env\.task=\S+$", str(caught.value))
+    assert compose([f"env={family}", example]).env.task == EXAMPLES[family]
+
+
+def test_help_lists_the_choices_that_can_be_made_and_no_schema() -> None:
+    shown = run("--help")
+    assert shown.returncode == 0 and "schema" not in shown.stdout
+    for group in GROUPS:
+        assert f"\n{group}: {', '.join(choices_of(group))}\n" in shown.stdout
+    assert "env_steps: null" in shown.stdout
 
 
 def test_published_settings_are_exactly_the_published_table() -> None:
@@ -115,8 +149,10 @@ def test_the_command_line_wins_over_a_preset() -> None:
 
 
 def test_a_family_brings_its_published_discount() -> None:
-    for override, gamma in {"env=humanoid": 0.99, "env=go1": 0.97, "env=myosuite": 0.95, "env=dog_run": 0.99}.items():
+    for override, gamma in {"env=humanoid": 0.99, "env=go1": 0.97, "env=dog_run": 0.99}.items():
         assert resolve(compose([override]), machine())[0].agent.gamma == gamma
+    myosuite = compose(["env=myosuite", f"env.task={EXAMPLES['myosuite']}"])
+    assert resolve(myosuite, machine())[0].agent.gamma == 0.95
     assert resolve(compose(["env=go1", "agent.gamma=0.9"]), machine())[0].agent.gamma == 0.9
 
 

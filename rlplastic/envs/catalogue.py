@@ -48,7 +48,17 @@ _DMC: dict[str, tuple[str, ...]] = {
     "walker": ("run", "stand", "walk"),
 }
 _PREFIXES = {"playground": "MuJoCoPlayground/", "metaworld": "MetaWorld/", "myosuite": "MyoSuite/"}
-FAMILIES = ("mujoco", "dmc", "playground", "metaworld", "myosuite", "classic", "gymnasium")
+EXAMPLES: Mapping[str, str] = {
+    "mujoco": "Ant-v5",
+    "dmc": "humanoid-run",
+    "playground": "G1JoystickFlatTerrain",
+    "metaworld": "reach-v3",
+    "myosuite": "myoHandPoseFixed-v0",
+    "classic": "Pendulum-v1",
+    "gymnasium": "HalfCheetah-v5",
+}
+"""One task of every family, told where a family is chosen without a task."""
+FAMILIES = tuple(EXAMPLES)
 
 _DOG = (
     "joint_angles",
@@ -130,6 +140,19 @@ def resolve(family: str, task: str) -> str:
     other = find_family(task)
     hint = f"it belongs to env={other}" if other else nearest(task, known)
     raise ConfigurationError(f"the family {family} has no task {task!r}; {hint}")
+
+
+def require_task(family: str, task: str) -> None:
+    """Refuse a family that was chosen without a task: ``configs/env/<family>.yaml`` leaves it empty.
+
+    Raises:
+        ConfigurationError: ``task`` is empty.
+    """
+    if not task:
+        raise ConfigurationError(
+            f"env={family} is a family of tasks and none was named; give one, such as "
+            f"env.task={EXAMPLES.get(family, 'Ant-v5')}"
+        )
 
 
 def find_family(task: str) -> str | None:

@@ -426,9 +426,12 @@ def _configuration(arguments: Sequence[str]) -> tuple[EnvConfig, dict[str, int]]
             settings.setdefault("backend", "gymnasium")
     try:
         dotlist = OmegaConf.from_dotlist([f"{name}={value}" for name, value in settings.items()])
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(EnvConfig), plain, dotlist)), numbers  # type: ignore[return-value]
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(EnvConfig), plain, dotlist))
     except OmegaConfBaseException as error:
         raise ConfigurationError(str(error).splitlines()[0]) from error
+    assert isinstance(config, EnvConfig)
+    catalogue.require_task(config.family, config.task)
+    return config, numbers
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -205,6 +205,7 @@ def test_the_command_prints_a_table_and_leaves_with_0_or_2(
         (["env=ant", "steps=many"], "steps=many"),
         (["env=ant", "threads=many"], "many"),
         (["num_envs=2"], "task="),
+        (["env=dmc"], "env.task=humanoid-run"),
         (["env=ant", "kwargs.frame_skp=2"], "'frame_skip'"),
     ],
 )
