@@ -26,9 +26,8 @@ class CategoricalHead(nn.Module):
         self.register_buffer("atoms", torch.linspace(-support, support, num_atoms), persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(..., B, width) to logits (..., B, num_atoms)."""
-        logits: Tensor = self.linear(features) + self.bias.unsqueeze(-2)
-        return logits
+        """Features (..., width, B) to logits (..., B, num_atoms)."""
+        return self.linear.to_rows(features) + self.bias.unsqueeze(-2)
 
     def expected(self, logits: Tensor) -> Tensor:
         """The value sum_k p_k v_k of logits (..., num_atoms), shape (...)."""
@@ -46,9 +45,9 @@ class GaussianHead(nn.Module):
         self.spread_bias = nn.Parameter(torch.zeros(action_dim))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, width) to mean and log_std, both (B, action_dim); log_std lies in [-10, 2]."""
-        mean = self.mean(features) + self.mean_bias
-        spread = torch.tanh(self.spread(features) + self.spread_bias)
+        """Features (width, B) to mean and log_std, both (B, action_dim); log_std lies in [-10, 2]."""
+        mean = self.mean.to_rows(features) + self.mean_bias
+        spread = torch.tanh(self.spread.to_rows(features) + self.spread_bias)
         return mean, LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (1 + spread)
 
 

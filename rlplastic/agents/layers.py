@@ -1,11 +1,12 @@
 """Norm-bounded building blocks of FlashSAC (arXiv 2604.04539), each usable as one network or as a batched ensemble.
 
-With ``members=None`` parameters have their plain shape and inputs are ``(B, dim)``. With ``members=N`` every parameter
-has a leading dimension N and inputs are ``(N, B, dim)``: twin critics are one module and one batched product.
+With ``members=None`` parameters have their plain shape and activations are ``(dim, B)``. With ``members=N`` every
+parameter has a leading dimension N and activations are ``(N, dim, B)``: twin critics are one module and one batched
+product. Activations lie features first because a batch norm sums over the batch: see `rlplastic.kernels.batch_norm`.
 
 Whether a batch norm uses batch or running statistics is an argument of the call, not a mode of the module: the agent
-needs both on the same network within one update. So is ``bf16``, with which the products of a trunk round their inputs
-and outputs to bfloat16 (sums inside a product, statistics, the residual stream and heads stay float32).
+needs both on the same network within one update. So is ``bf16``, with which the products of a trunk take and give
+bfloat16, and what lies between two products is stored so (sums, statistics, the residual stream and heads stay float32).
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlplastic.errors import ConfigurationError
+from rlplastic.kernels.batch_norm import affine, normalise
 from rlplastic.kernels.norm_bounds import NormProjection, project_norms
 
 
@@ -35,12 +36,16 @@ class UnitLinear(nn.Module):
                 nn.init.orthogonal_(matrix)
 
     def forward(self, x: Tensor, bf16: bool = False) -> Tensor:
-        """Map (..., B, in_features) to (..., B, out_features); ``bf16`` rounds inputs and output to bfloat16."""
+        """Map (..., in_features, B) to (..., out_features, B); ``bf16`` rounds inputs and output to bfloat16."""
         weight: Tensor = self.weight
         if bf16:
             x, weight = x.bfloat16(), weight.bfloat16()
-        product = F.linear(x, weight) if weight.dim() == 2 else torch.bmm(x, weight.mT)
-        return product.float() if bf16 else product
+        return weight @ x
+
+    def to_rows(self, x: Tensor) -> Tensor:
+        """Map (..., in_features, B) to (..., B, out_features): what a head does."""
+        weight: Tensor = self.weight
+        return x.mT @ weight.mT
 
 
 class BatchNorm(nn.Module):
@@ -58,18 +63,24 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(shape))
         self.register_buffer("running_var", torch.ones(shape))
 
-    def forward(self, x: Tensor, batch_statistics: bool) -> Tensor:
-        """Normalise (..., B, dim) over B; with ``batch_statistics`` the running statistics move towards the batch's."""
-        if batch_statistics:
-            variance, mean = torch.var_mean(x, dim=-2, correction=0)
-            with torch.no_grad():
-                rows = x.shape[-2]
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(variance * (rows / max(rows - 1, 1)), self.momentum)
-        else:
-            mean, variance = self.running_mean, self.running_var
-        scale = self.gamma * torch.rsqrt(variance + self.eps)
-        return x * scale.unsqueeze(-2) + (self.beta - mean * scale).unsqueeze(-2)
+    def forward(
+        self, x: Tensor, batch_statistics: bool, relu: bool = False, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Normalise (..., dim, B) over B, then cut off below 0 if ``relu``; the result has ``dtype``.
+
+        With ``batch_statistics`` the running statistics move towards the batch's. An ensemble may share one (dim, B)
+        input.
+        """
+        if not batch_statistics:
+            scale = self.gamma * torch.rsqrt(self.running_var + self.eps)
+            return affine(x, scale, self.beta - self.running_mean * scale, relu, dtype)
+        y, mean, variance = normalise(x, self.gamma, self.beta, self.eps, relu, dtype)
+        with torch.no_grad():
+            rows = x.shape[-1]
+            self.running_mean.lerp_(mean.expand_as(self.running_mean), self.momentum)
+            unbiased = variance * (rows / max(rows - 1, 1))
+            self.running_var.lerp_(unbiased.expand_as(self.running_var), self.momentum)
+        return y
 
 
 class RMSNorm(nn.Module):
@@ -81,8 +92,8 @@ class RMSNorm(nn.Module):
         self.gain = nn.Parameter(torch.ones(*_lead(members), dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scale each row of (..., B, dim) to root mean square 1, then by the gain."""
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.gain.unsqueeze(-2)
+        """Scale each column of (..., dim, B) to root mean square 1, then by the gain."""
+        return x * torch.rsqrt(x.square().mean(-2, keepdim=True) + self.eps) * self.gain.unsqueeze(-1)
 
 
 class ResidualBlock(nn.Module):
@@ -96,9 +107,11 @@ class ResidualBlock(nn.Module):
         self.contract_norm = BatchNorm(width, members)
 
     def forward(self, x: Tensor, batch_statistics: bool, bf16: bool = False) -> Tensor:
-        """(..., B, H) to (..., B, H)."""
-        hidden = F.relu(self.expand_norm(self.expand(x, bf16), batch_statistics))
-        return x + F.relu(self.contract_norm(self.contract(hidden, bf16), batch_statistics))
+        """(..., H, B) to (..., H, B)."""
+        between = torch.bfloat16 if bf16 else x.dtype
+        hidden = self.expand_norm(self.expand(x, bf16), batch_statistics, True, between)
+        added: Tensor = self.contract_norm(self.contract(hidden, bf16), batch_statistics, True, x.dtype)
+        return x + added
 
 
 class Trunk(nn.Module):
@@ -112,8 +125,9 @@ class Trunk(nn.Module):
         self.post_norm = RMSNorm(width, members)
 
     def forward(self, x: Tensor, batch_statistics: bool, bf16: bool = False) -> Tensor:
-        """(..., B, input_dim) to features (..., B, width)."""
-        hidden = self.embed(self.input_norm(x, batch_statistics), bf16)
+        """(..., input_dim, B), or (input_dim, B) for all members alike, to features (..., width, B)."""
+        between = torch.bfloat16 if bf16 else x.dtype
+        hidden = self.embed(self.input_norm(x, batch_statistics, False, between), bf16).to(x.dtype)
         for block in self.blocks:
             hidden = block(hidden, batch_statistics, bf16)
         features: Tensor = self.post_norm(hidden)

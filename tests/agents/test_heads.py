@@ -52,7 +52,7 @@ def test_gradient_reaches_mean_and_deviation() -> None:
 
 def test_log_std_stays_in_its_range_and_is_minus_four_in_the_middle() -> None:
     head = GaussianHead(8, 2)
-    features = 5 * torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    features = 5 * torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for bias, expected in [(-1e4, -10.0), (1e4, 2.0)]:
             head.spread_bias.fill_(bias)
@@ -60,7 +60,7 @@ def test_log_std_stays_in_its_range_and_is_minus_four_in_the_middle() -> None:
         head.spread_bias.zero_()
         _, log_std = head(features)
         assert log_std.min() >= -10 and log_std.max() <= 2
-        assert torch.equal(head(torch.zeros(1, 8))[1], torch.full((1, 2), -4.0))
+        assert torch.equal(head(torch.zeros(8, 1))[1], torch.full((1, 2), -4.0))
 
 
 def test_gaussian_head_is_two_linear_maps_with_free_biases() -> None:
@@ -69,7 +69,7 @@ def test_gaussian_head_is_two_linear_maps_with_free_biases() -> None:
         head.mean_bias.copy_(torch.tensor([0.5, -2.0]))
         head.spread_bias.copy_(torch.tensor([0.1, 0.3]))
     z = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
-    mean, log_std = (value.detach().numpy() for value in head(torch.from_numpy(z)))
+    mean, log_std = (value.detach().numpy() for value in head(torch.from_numpy(z.T)))
     weights = {name: value.detach().numpy() for name, value in head.named_parameters()}
     np.testing.assert_allclose(mean, z @ weights["mean.weight"].T + weights["mean_bias"], rtol=1e-5, atol=1e-6)
     spread = np.tanh(z @ weights["spread.weight"].T + weights["spread_bias"])

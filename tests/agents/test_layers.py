@@ -48,7 +48,7 @@ def test_batch_norm_is_torchs_batch_norm_for_every_member(members: int | None, b
     twins = torch_batch_norms(norm)
     x = (3 * normal(len(twins), ROWS, 5) + 2).requires_grad_()
     weights = normal(len(twins), ROWS, 5, seed=2)
-    ours = norm(x if members is not None else x[0], batch_statistics)
+    ours = norm((x if members is not None else x[0]).mT, batch_statistics).mT
     expected = torch.stack([twin.train(batch_statistics)(row) for twin, row in zip(twins, x, strict=True)])
     torch.testing.assert_close(ours.reshape(expected.shape), expected, rtol=1e-4, atol=1e-5)
     for name, theirs in [("running_mean",) * 2, ("running_var",) * 2]:
@@ -67,13 +67,13 @@ def test_batch_norm_is_torchs_batch_norm_for_every_member(members: int | None, b
 def test_batch_norm_with_running_statistics_leaves_them_alone() -> None:
     norm = randomised(BatchNorm(4))
     before = {name: value.clone() for name, value in norm.state_dict().items()}
-    norm(normal(ROWS, 4), batch_statistics=False)
+    norm(normal(4, ROWS), batch_statistics=False)
     assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
 
 
 def test_batch_norm_of_one_row_stays_finite() -> None:
     norm = BatchNorm(3)
-    assert torch.isfinite(norm(normal(1, 3), batch_statistics=True)).all()
+    assert torch.isfinite(norm(normal(3, 1), batch_statistics=True)).all()
     assert torch.isfinite(norm.running_var).all()
 
 
@@ -83,7 +83,7 @@ def test_rms_norm_is_torchs_rms_norm(members: int | None) -> None:
     x = normal(2, ROWS, 6)
     gains = norm.gain.reshape(-1, 6).expand(2, 6)
     expected = torch.stack([nn.functional.rms_norm(row, (6,), gain, 1e-6) for row, gain in zip(x, gains, strict=True)])
-    torch.testing.assert_close(norm(x), expected)
+    torch.testing.assert_close(norm(x.mT).mT, expected)
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(8, 8), (8, 3), (3, 8)])
@@ -101,19 +101,19 @@ def test_linear_map_is_the_product_with_each_members_matrix(members: int | None)
     x = normal(2, ROWS, 4)
     weights = layer.weight.detach().reshape(-1, 3, 4).expand(2, 3, 4)
     expected = np.einsum("nbi,noi->nbo", x.numpy(), weights.numpy())
-    np.testing.assert_allclose(layer(x).detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(layer(x.mT).mT.detach().numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_residual_block_never_lowers_a_feature_because_relu_comes_before_the_addition() -> None:
     block = randomised(ResidualBlock(8))
-    x = normal(ROWS, 8)
+    x = normal(8, ROWS)
     added = block(x, True) - x
     assert (added >= -1e-6).all() and (added > 0.1).any()
 
 
 def test_trunk_of_an_ensemble_equals_separate_trunks() -> None:
     ensemble = randomised(Trunk(5, 8, 2, members=3))
-    x = normal(3, ROWS, 5)
+    x = normal(3, 5, ROWS)
     for batch_statistics in (False, True):
         singles = []
         for member in range(3):

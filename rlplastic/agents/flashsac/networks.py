@@ -19,7 +19,7 @@ class Actor(nn.Module):
 
     def forward(self, observation: Tensor, batch_statistics: bool = False, bf16: bool = False) -> tuple[Tensor, Tensor]:
         """Mean (B, A) and log_std (B, A)."""
-        mean, log_std = self.head(self.trunk(observation, batch_statistics, bf16))
+        mean, log_std = self.head(self.trunk(observation.mT, batch_statistics, bf16))
         return mean, log_std
 
 
@@ -43,6 +43,6 @@ class Critic(nn.Module):
 
     def forward(self, observation: Tensor, action: Tensor, batch_statistics: bool, bf16: bool = False) -> Tensor:
         """(B, D) and (B, A) to logits (members, B, num_atoms)."""
-        x = torch.cat((observation, action), -1)
-        logits: Tensor = self.head(self.trunk(x.expand(self.members, -1, -1), batch_statistics, bf16))
+        x = torch.cat((observation.mT, action.mT))
+        logits: Tensor = self.head(self.trunk(x, batch_statistics, bf16))
         return logits

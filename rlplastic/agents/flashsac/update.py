@@ -174,8 +174,11 @@ def minimise(loss: Tensor, optimizer: torch.optim.Optimizer, rate: float) -> Non
     """One optimizer step at learning rate ``rate``."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    # Straight into .grad: accumulating would copy what a compiled backward pass returns. Only what lies otherwise than
+    # its parameter is copied, since the fused optimizer steps through both as they lie.
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        parameter.grad = gradient.contiguous()
     optimizer.step()
 
 
