@@ -15,7 +15,7 @@ from omegaconf import MISSING
 from rlplastic.command_line import parse, run_verb
 from rlplastic.errors import ConfigurationError, nearest
 
-SUBJECTS = ("replay", "loop")
+SUBJECTS = ("replay", "loop", "update")
 """Modules of `rlplastic.benchmarking`; each has ``measure(options) -> rows`` and a ``CAPTION``."""
 LIBRARIES = ("rlplastic", "torch", "numpy", "envpool", "mujoco", "triton", "stable-baselines3", "torchrl")
 
@@ -24,9 +24,9 @@ LIBRARIES = ("rlplastic", "torch", "numpy", "envpool", "mujoco", "triton", "stab
 class Arguments:
     """Measure a part of rlplastic on this machine; leave it idle meanwhile.
 
-    what: replay (sampling beside Stable-Baselines3 and TorchRL, if installed) or loop (without learning, beside raw
-    envpool); out: JSON file for the numbers; threads: of torch, all cores if left out; repeats: of every figure, of
-    which the median counts; quick: small sizes, to try the command.
+    what: replay (sampling beside Stable-Baselines3 and TorchRL, if installed), loop (without learning, beside raw
+    envpool) or update (beside its own matrix products); out: JSON file for the numbers; threads: of torch, all cores if
+    left out; repeats: of every figure, of which the median counts; quick: small sizes, to try the command.
     """
 
     what: str = MISSING

@@ -8,10 +8,12 @@ valid name.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from rlplastic.errors import ConfigurationError, RlplasticError, nearest
@@ -22,22 +24,39 @@ T = TypeVar("T")
 def run_verb(verb: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
     """Call a verb and turn foreseen failures into one sentence on stderr and the documented exit code.
 
-    SIGTERM acts like Ctrl-C wherever a verb does not listen itself, so that a run that is stopped while it still sets
-    up, or just after its last save, ends with the documented code too.
+    SIGTERM, and SIGHUP unless `nohup` has it ignored, act like Ctrl-C wherever a verb does not listen itself, so that a
+    run that is stopped while it still sets up, or just after its last save, ends with the documented code too.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         verb(arguments)
     except RlplasticError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print(
-            "error: interrupted at once; the last checkpoint, if any, is in place: rerun without fresh=true",
-            file=sys.stderr,
-        )
+        _complain("error: interrupted at once; the last checkpoint, if any, is in place: rerun without fresh=true")
         return 130
+    finally:
+        _finish_output()
     return 0
+
+
+def _complain(sentence: str) -> None:
+    with suppress(OSError):  # the terminal may be gone, and the exit code says it, too
+        print(sentence, file=sys.stderr)
+
+
+def _finish_output() -> None:
+    """Write out what is still buffered, or give it up: left to the interpreter, a failure changes the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+                _complain(f"warning: standard output is incomplete ({error.strerror or error})")
 
 
 def parse(arguments: Sequence[str], schema: type[T], verb: str) -> T:

@@ -39,24 +39,30 @@ def main(arguments: Sequence[str]) -> None:
         NonFiniteError: a return or an action is not finite.
     """
     options = parse(arguments, Arguments, "evaluate")
-
-    from rich.console import Console
+    if options.seed is not None and options.seed < 0:
+        raise ConfigurationError(f"seed={options.seed} is out of range; expected a number of 0 or more")
 
     from rlplastic.evaluation import evaluate
     from rlplastic.policy import load_policy
+    from rlplastic.terminal import View, standard_console
 
-    run, console = Path(options.run), Console(highlight=False)
-    policy = load_policy(run, options.device, warn=lambda sentence: print(f"warning: {sentence}", file=sys.stderr))
+    run, console = Path(options.run), standard_console()
+    view = View(live=False, console=console)
+    policy = load_policy(run, options.device, warn=view.warn)
     seed = policy.config.seed if options.seed is None else options.seed
     with console.status(f"playing {options.episodes} episodes of {policy.env.task}"):
         # index 0: starting states that no evaluation during training has seen
         result = evaluate(policy.act, policy.env, seed=seed, episodes=options.episodes)
     low, high = result.ci95
     spread = f"95 % interval {low:.5g} to {high:.5g}" if options.episodes > 1 else "one episode, so no interval"
-    print(f"{policy.env.task} after {policy.step:,} steps, {options.episodes} episodes, seed {seed}")
-    print(f"  return   {result.mean:.5g} ({spread}), std {result.std:.5g}, ", end="")
-    print(f"min {result.returns.min():.5g}, max {result.returns.max():.5g}")
-    print(f"  length   {result.lengths.mean():.0f} steps, {result.terminated.mean():.0%} ended before the time limit")
+    view.note(f"{policy.env.task} after {policy.step:,} steps, {options.episodes} episodes, seed {seed}")
+    view.note(
+        f"  return   {result.mean:.5g} ({spread}), std {result.std:.5g}, "
+        f"min {result.returns.min():.5g}, max {result.returns.max():.5g}"
+    )
+    view.note(
+        f"  length   {result.lengths.mean():.0f} steps, {result.terminated.mean():.0%} ended before the time limit"
+    )
     report = {
         "task": policy.env.task,
         "step": policy.step,
@@ -72,25 +78,24 @@ def main(arguments: Sequence[str]) -> None:
         "terminated": result.terminated.tolist(),
     }
     _write(run / "evaluation.json", report)
-    print(f"  written to {run / 'evaluation.json'}")
+    view.note(f"  written to {run / 'evaluation.json'}")
     if options.video:
         from rlplastic.video import record
 
         path = run / "videos" / f"step_{policy.step:012d}.mp4"
         with console.status("recording an episode"):
             reason = record(policy.act, policy.env, path, seed=seed)
-        print(f"  no video: {reason}" if reason else f"  video at {path}")
+        view.note(f"  no video: {reason}" if reason else f"  video at {path}")
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:
-    from rlplastic.run_directory import write_atomically
+    from rlplastic.run_directory import remedy, write_atomically
 
     try:
         write_atomically(path, json.dumps(report, indent=1) + "\n")
     except OSError as error:
         raise ConfigurationError(
-            f"{path} cannot be written ({error.strerror or error}); expected a writable run directory: mend the "
-            "permission"
+            f"{path} cannot be written ({error.strerror or error}); {remedy(error)} and evaluate again"
         ) from error
 
 

@@ -107,9 +107,12 @@ class Guard:
             found = f"the evidence is in {where}"
         except OSError as error:
             found = f"the evidence could not be written ({error.strerror or error})"
+        if any((self._directory / "checkpoints").glob("step_*")):
+            hope = "the last checkpoint is in place, but an exact resume from it repeats this: mend the cause first"
+        else:
+            hope = "there is no checkpoint yet: mend the cause, then rerun the command to start anew"
         raise NonFiniteError(
-            f"{what} is not finite at step {self._progress.transitions} ({origin}); the last good checkpoint is in "
-            f"place, {found}: mend the cause first, since an exact resume repeats it (resume=fresh does not)"
+            f"{what} is not finite at step {self._progress.transitions} ({origin}); {found}, and {hope}"
         )
 
     def _dump(self, where: Path, report: dict[str, str], evidence: Mapping[str, Tensor]) -> None:

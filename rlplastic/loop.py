@@ -16,7 +16,7 @@ from types import FrameType
 
 import torch
 
-from rlplastic.errors import CheckpointWriteError, Interrupted, LogWriteError, NonFiniteError
+from rlplastic.errors import CheckpointWriteError, Interrupted, NonFiniteError
 from rlplastic.reporting import Reporter
 from rlplastic.session import Session
 
@@ -25,9 +25,10 @@ def train(session: Session, reporter: Reporter) -> None:
     """Train until the budget is spent, then evaluate and save.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM arrived; the step was finished and the run saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP arrived; the step was finished and the run saved.
         NonFiniteError: a NaN or infinity appeared; the last good checkpoint is untouched.
         CheckpointWriteError: the last checkpoint could not be written.
+        LogWriteError: the last logs could not be written.
     """
     session.watch.start()
     with stop_signals() as stop:
@@ -113,22 +114,28 @@ def save_or_warn(reporter: Reporter) -> None:
     """A checkpoint, or a warning: training goes on, since a later save may succeed and stopping would lose more."""
     try:
         reporter.save()
-    except (CheckpointWriteError, LogWriteError) as error:
+    except CheckpointWriteError as error:
         reporter.view.warn(str(error))
 
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; a second signal acts as usual. Only the main thread can listen."""
+    """An event that SIGINT, SIGTERM and SIGHUP set; a second signal acts as usual. Only the main thread can listen.
+
+    SIGHUP, the end of the terminal, comes more than once: from the kernel and from the shell. `nohup` has it ignored.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if previous[signal.SIGHUP] is signal.SIG_IGN:
+        del previous[signal.SIGHUP]
 
     def remember(number: int, frame: FrameType | None) -> None:
         event.set()
-        signal.signal(number, previous[signal.Signals(number)])
+        if number != signal.SIGHUP:
+            signal.signal(number, previous[signal.Signals(number)])
 
     for number in previous:
         signal.signal(number, remember)

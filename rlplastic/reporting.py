@@ -3,29 +3,67 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlplastic.envs.base import Observation
+from rlplastic.errors import LogWriteError
 from rlplastic.evaluation import Evaluation, evaluate
 from rlplastic.session import Session
-from rlplastic.terminal import Status, View
+from rlplastic.terminal import Moment, Status, View
 from rlplastic.tracking import SECTIONS, EvaluationRow, TimingRow, Tracker
 
 RECENT_EPISODES = 100
+COMPILED_UPDATES = 2
+"""Updates that may compile: the first with an actor step and the first without."""
 
 
 class Reporter:
-    """Logs, evaluates and saves on behalf of the loop; nothing here changes what is learned."""
+    """Logs, evaluates and saves on behalf of the loop; nothing here changes what is learned.
+
+    A log that cannot be written is told once and ends nothing: what is missing is kept, and written when that is
+    possible again.
+    """
 
     def __init__(self, session: Session, tracker: Tracker, view: View) -> None:
         self.session, self.tracker, self.view = session, tracker, view
         self.last_evaluation: Evaluation | None = None
+        self._shown_evaluation = tracker.last_evaluation()
         self._recent: deque[float] = deque(maxlen=RECENT_EPISODES)
         self._logged_transitions = session.progress.transitions
-        self._logged_updates = session.agent.updates
+        self._logged_updates = self._first_update = session.agent.updates
+        self._unwritten = False
+        self._finished = False
+        view.watch(self._moment, self._status(None, None, {}))
+
+    def _moment(self) -> Moment:
+        """Called by the view's thread: it reads plain numbers, which waits for no device and moves nothing."""
+        session, progress = self.session, self.session.progress
+        phase = "learning"
+        if self._finished:
+            phase = "finishing"
+        elif progress.transitions < session.replay_ratio.minimum:
+            phase = "collecting"
+        elif session.config.compile == "on" and session.agent.updates < self._first_update + COMPILED_UPDATES:
+            phase = "compiling"
+        return Moment(phase, progress.transitions, progress.train_seconds / 60, session.agent.updates)
+
+    @contextmanager
+    def _logging(self) -> Iterator[None]:
+        """Turn a log that cannot be written into one warning, until it can be written again."""
+        try:
+            yield
+        except LogWriteError as error:
+            if not self._unwritten:
+                self.view.warn(f"{error}: meanwhile the run goes on, and what is missing is kept")
+            self._unwritten = True
+        else:
+            if self._unwritten:
+                self.view.note("logs are written again; nothing is missing")
+            self._unwritten = False
 
     @property
     def unlogged(self) -> bool:
@@ -47,13 +85,13 @@ class Reporter:
         update_rate = (session.agent.updates - self._logged_updates) / training
         self._logged_transitions, self._logged_updates = progress.transitions, session.agent.updates
         scalars |= {"speed/env_steps_per_s": env_rate, "speed/updates_per_s": update_rate}
-        self.tracker.scalars(
-            progress.transitions, scalars | {f"speed/{name}": part for name, part in fractions.items()}
-        )
+        scalars |= {f"speed/{name}": part for name, part in fractions.items()}
         wall = session.watch.elapsed
-        self.tracker.timing(
-            TimingRow(progress.transitions, session.agent.updates, wall, progress.train_seconds, **fractions)
-        )
+        row = TimingRow(progress.transitions, session.agent.updates, wall, progress.train_seconds, **fractions)
+        with self._logging():
+            self.tracker.scalars(progress.transitions, scalars)
+        with self._logging():
+            self.tracker.timing(row)
         self.view.update(self._status(env_rate, update_rate, means))
         session.watch.lap("log")
 
@@ -76,8 +114,8 @@ class Reporter:
             "train/replay_ratio": session.replay_ratio.ratio,
         }
 
-    def _status(self, env_rate: float, update_rate: float, means: dict[str, float]) -> Status:
-        session, evaluation = self.session, self.last_evaluation
+    def _status(self, env_rate: float | None, update_rate: float | None, means: dict[str, float]) -> Status:
+        session, row = self.session, self._shown_evaluation
         return Status(
             step=session.progress.transitions,
             minutes=session.progress.train_seconds / 60,
@@ -89,8 +127,8 @@ class Reporter:
             replay_ratio=session.replay_ratio.ratio,
             train_return=float(np.mean(self._recent)) if self._recent else None,
             train_episodes=len(self._recent),
-            eval_return=evaluation.mean if evaluation else None,
-            eval_ci95=(evaluation.ci95[1] - evaluation.ci95[0]) / 2 if evaluation else None,
+            eval_return=row.return_mean if row else None,
+            eval_ci95=(row.return_ci95_high - row.return_ci95_low) / 2 if row else None,
             critic_loss=means.get("loss/critic"),
             alpha=means.get("policy/alpha"),
         )
@@ -99,13 +137,16 @@ class Reporter:
         """Deterministic returns on environments of their own, into eval.csv and TensorBoard."""
         session, step = self.session, self.session.progress.transitions
         act: Callable[[Observation], NDArray[np.float32]] = session.agent.act
-        result = evaluate(act, session.config.env, seed=session.config.seed, episodes=episodes, index=step)
+        with self.view.during("evaluating"):
+            result = evaluate(act, session.config.env, seed=session.config.seed, episodes=episodes, index=step)
         self.last_evaluation = result
         low, high = result.ci95
         row = EvaluationRow(
             step, session.agent.updates, episodes, result.mean, result.std, low, high, float(np.mean(result.lengths))
         )
-        self.tracker.evaluation(row)
+        self._shown_evaluation = row
+        with self._logging():
+            self.tracker.evaluation(row)
         self.view.note(
             f"evaluation at step {step:,}: return {result.mean:.5g}, 95 % interval [{low:.5g}, {high:.5g}] "
             f"over {episodes} episodes"
@@ -114,7 +155,16 @@ class Reporter:
         return result
 
     def save(self, finished: bool = False) -> None:
-        """A checkpoint that the logs agree with; see `Session.save` for the errors."""
-        self.tracker.flush()
-        self.session.save(self.session.directory.log_lengths(), finished)
+        """A checkpoint that the logs agree with; see `Session.save` for the errors.
+
+        Raises:
+            LogWriteError: a finished run's logs cannot be written; unfinished as it then is, rerunning it writes them.
+        """
+        with self.view.during("saving"):
+            with self._logging():
+                self.tracker.flush()
+            if finished and self._unwritten:
+                raise LogWriteError("the last logs are not written: rerun the command once they can be, to finish it")
+            self.session.save(self.session.directory.log_lengths(), finished)
+        self._finished = finished
         self.session.watch.lap("checkpoint")

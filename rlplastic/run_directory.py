@@ -6,6 +6,7 @@ directory"). Rerunning a command finds its directory by name; the stored configu
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -30,6 +31,9 @@ LOG_PATTERNS = ("eval.csv", "*.jsonl", "*tfevents*")
 MAX_NAME = 60
 """Characters of a default name; a longer one ends in a hash."""
 
+_BEGINNINGS = frozenset({"lock", "config.yaml", "machine.json"})
+"""What a run writes before it knows whether it can be carried out."""
+
 _NAMELESS = frozenset({"env", "agent", "seed", "name", "fresh", "runs"})
 """Overrides that `default_name` leaves out: the first three open the name, the others do not describe the run."""
 
@@ -42,10 +46,11 @@ class RunDirectory:
         moved_to: where an earlier run of this name went; None unless ``fresh`` found one.
     """
 
-    def __init__(self, path: Path, lock: IO[bytes], moved_to: Path | None = None) -> None:
+    def __init__(self, path: Path, lock: IO[bytes], made: Collection[Path], moved_to: Path | None = None) -> None:
         self.path = path
         self.moved_to = moved_to
         self._lock = lock
+        self._made = made
         # A forked worker that outlives a killed trainer must not keep the lock alive.
         os.register_at_fork(after_in_child=lock.close)
 
@@ -71,16 +76,24 @@ class RunDirectory:
             ConfigurationError: another process uses the directory, it holds checkpoints of another configuration or
                 of one that is lost, the name leaves ``root``, or the directory cannot be written.
         """
+        if not str(root):
+            raise ConfigurationError(
+                "runs= is empty, so the run would lie among the files of the working directory; expected a folder: "
+                "leave it out for runs=runs"
+            )
         relative = Path(name)
         if relative.is_absolute() or ".." in relative.parts or not relative.parts:
             raise ConfigurationError(
                 f"name={name!r} is not a name inside the folder {root}; use one such as 'humanoid-1'"
             )
         path = Path(root) / relative
+        made: list[Path] = []
         try:
+            made += [folder for folder in (path, *path.parents) if not folder.exists()]
             path.mkdir(parents=True, exist_ok=True)
             lock = _acquire(path)
         except OSError as error:
+            _unmake(path, made)
             raise _unwritable(path, error) from error
         moved_to = None
         try:
@@ -89,15 +102,16 @@ class RunDirectory:
                 path.mkdir()
                 moved, lock = lock, _acquire(path)
                 moved.close()
+                made = [path]
             _refuse_other_run(path, config, ignore)
             write_atomically(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))))
-        except OSError as error:
+        except BaseException as error:
+            _unmake(path, made, moved_to)
             lock.close()
-            raise _unwritable(path, error) from error
-        except BaseException:
-            lock.close()
+            if isinstance(error, OSError):
+                raise _unwritable(path, error) from error
             raise
-        return cls(path, lock, moved_to)
+        return cls(path, lock, made, moved_to)
 
     def close(self) -> None:
         """Release the lock; calling it twice is harmless."""
@@ -109,6 +123,8 @@ class RunDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, ConfigurationError):
+            _unmake(self.path, self._made, self.moved_to)
         self.close()
 
     def write(self, name: str, text: str) -> None:
@@ -241,11 +257,51 @@ def _describe_holder(content: bytes) -> str:
     return "another process that has just started"
 
 
+def remedy(error: OSError) -> str:
+    """What to do about a file that cannot be written, by the error's number; ``free space on the disk``, say."""
+    return _REMEDIES.get(error.errno or 0, "mend that")
+
+
+_REMEDIES = {
+    errno.ENOSPC: "free space on the disk",
+    errno.EDQUOT: "free space: the user's quota is used up",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EACCES: "mend the permission",
+    errno.EPERM: "mend the permission",
+    errno.EROFS: "mount the disk for writing",
+    errno.ENOTDIR: "move the file away that lies where a folder should",
+    errno.EEXIST: "move the file away that lies where a folder should",
+    errno.EISDIR: "move the folder away that lies where a file should",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.EIO: "look after the disk, which reports a fault",
+}
+
+
 def _unwritable(path: Path, error: OSError) -> ConfigurationError:
     return ConfigurationError(
-        f"run directory {path} cannot be written ({error.strerror or error}); "
-        "expected a writable place: choose another with runs=<folder>, or mend the permission"
+        f"run directory {path} cannot be written ({error.strerror or error}); {remedy(error)}, "
+        "or choose another place with runs=<folder>"
     )
+
+
+def _unmake(path: Path, made: Collection[Path], moved_to: Path | None = None) -> None:
+    """Leave no trace of a run that was refused before it saved or logged anything; the caller holds its lock.
+
+    Args:
+        path: the run's directory.
+        made: the folders that were made for it, innermost first; without any, nothing is done.
+        moved_to: where an earlier run went that was in its place, and comes back.
+    """
+    with suppress(OSError):
+        if made and _BEGINNINGS.issuperset(entry.name for entry in path.iterdir()):
+            for name in _BEGINNINGS:
+                (path / name).unlink(missing_ok=True)
+            for folder in made:
+                folder.rmdir()  # ends here where another run lies beside
+    if moved_to is not None and not path.exists():
+        with suppress(OSError):
+            moved_to.rename(path)
 
 
 def _free_name(path: Path) -> Path:

@@ -2,7 +2,10 @@
 
 ``eval.csv`` and the events describe the run and are cut back to the checkpoint on resume (`rlplastic.run_directory`):
 an interrupted run and an uninterrupted one leave the same evaluation rows, bit for bit. ``timing.csv`` describes the
-attempts and keeps all of them. Nothing here reads the clock for its rows; TensorBoard stamps its own events.
+attempts and keeps all of them. Nothing here reads the clock but for the time of day that TensorBoard's events carry.
+
+All of it is appended in whole records by the caller's thread: TensorBoard's own writer writes from another one, where a
+full disk ends in a traceback and in events that are lost.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlplastic.errors import ConfigurationError, LogWriteError
+from rlplastic.run_directory import remedy
 
 SECTIONS = {
     "env": "waiting for the simulator",
@@ -109,35 +115,40 @@ class Tracker:
     """Writes to TensorBoard and the two tables in a run's directory; usable as a context manager.
 
     Make it after the logs were cut back. Every writing method raises LogWriteError, in one sentence, when the disk is
-    full or a permission is lost; the tables then still end with a whole row.
+    full or a permission is lost. The files then still end with a whole record, and what is missing is kept: it comes
+    first, in its order, whenever something is written again.
 
     Raises:
         ConfigurationError: a table in the directory has other columns.
     """
 
     def __init__(self, directory: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes a second, and most commands never log
-
         self.directory = directory
         self._evaluations = directory / "eval.csv"
         self._timings = directory / "timing.csv"
         _open_table(self._evaluations, EvaluationRow._fields)
         _open_table(self._timings, ("attempt", *TimingRow._fields))
         self._attempt = 1 + _last_attempt(self._timings)
+        self._waiting: dict[Path, bytes] = {}
         with _writing(directory):
-            self._writer: Any = SummaryWriter(str(directory))
-            self._writer.add_custom_scalars(scalar_layout())
+            self._events = _new_event_file(directory)
+        self._event(file_version="brain.Event:2")
+        self._event(summary=_torch_summaries().custom_scalars(scalar_layout()))
+        self._write()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Points of TensorBoard curves at ``step`` environment transitions; `SCALARS` lists the stable names."""
-        with _writing(self.directory):
-            for name, value in values.items():
-                self._writer.add_scalar(name, float(value), step)
+        self._scalars(step, values)
+        self._write()
+
+    def _scalars(self, step: int, values: Mapping[str, float]) -> None:
+        points = [{"tag": name, "simple_value": float(value)} for name, value in values.items()]
+        self._event(step=step, summary={"value": points})
 
     def text(self, tag: str, text: str, step: int) -> None:
         """Markdown for TensorBoard's text tab, such as the configuration or a decision and its evidence."""
-        with _writing(self.directory):
-            self._writer.add_text(tag, text, step)
+        self._event(step=step, summary=_torch_summaries().text(tag, text))
+        self._write()
 
     def video(self, tag: str, source: Path | NDArray[np.uint8], step: int, frames_per_second: float = 30.0) -> None:
         """An animation in TensorBoard's image tab.
@@ -153,38 +164,44 @@ class Tracker:
 
             source = np.stack(list(imageio.v3.imiter(source)))
         stride = -(-len(source) // MAX_GIF_FRAMES)
-        image = _gif(source[::stride], frames_per_second / stride)
-        # SummaryWriter.add_video wants moviepy; the event it would write is an image whose bytes are a GIF.
-        protocol = importlib.import_module("tensorboard.compat.proto.summary_pb2")
         height, width = source.shape[1:3]
-        picture = protocol.Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=image)
-        with _writing(self.directory):
-            self._writer.file_writer.add_summary(
-                protocol.Summary(value=[protocol.Summary.Value(tag=tag, image=picture)]), step
-            )
+        # SummaryWriter.add_video wants moviepy; the event it would write is an image whose bytes are a GIF.
+        gif = _gif(source[::stride], frames_per_second / stride)
+        picture = {"height": height, "width": width, "colorspace": 3, "encoded_image_string": gif}
+        self._event(step=step, summary={"value": [{"tag": tag, "image": picture}]})
+        self._write()
 
     def evaluation(self, row: EvaluationRow) -> None:
         """A row of ``eval.csv``, floats by ``repr`` and so bit-exact, and the two evaluation curves."""
-        _append(self._evaluations, row)
+        self._add(self._evaluations, _line(row))
         half_width = (row.return_ci95_high - row.return_ci95_low) / 2
-        self.scalars(row.step, {"eval/return_mean": row.return_mean, "eval/return_ci95": half_width})
+        self._scalars(row.step, {"eval/return_mean": row.return_mean, "eval/return_ci95": half_width})
+        self._write()
+
+    def last_evaluation(self) -> EvaluationRow | None:
+        """The last row of ``eval.csv``, be it of an earlier attempt; None without any.
+
+        Raises:
+            LogWriteError: the table cannot be read.
+        """
+        with _writing(self._evaluations):
+            *_, last = self._evaluations.read_text(encoding="utf-8").splitlines()
+        if last == ",".join(EvaluationRow._fields):
+            return None
+        cells = last.split(",")
+        return EvaluationRow(*(int(cell) for cell in cells[:3]), *(float(cell) for cell in cells[3:]))
 
     def timing(self, row: TimingRow) -> None:
         """A row of ``timing.csv``, after the number of this attempt: one more than the largest found there before."""
-        _append(self._timings, (self._attempt, *row))
+        self._add(self._timings, _line((self._attempt, *row)))
+        self._write()
 
     def flush(self) -> None:
-        """Put everything written so far on the disk, so that `RunDirectory.log_lengths` counts all of it."""
-        with _writing(self.directory):
-            self._writer.flush()
-            for path in (self._evaluations, self._timings, *self.directory.glob("*tfevents*")):
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-
-    def close(self) -> None:
-        """Flush and release the event file; calling it twice is harmless."""
-        with _writing(self.directory):
-            self._writer.close()
+        """Put everything so far on the disk, so that `RunDirectory.log_lengths` counts all of it."""
+        self._write()
+        for path in (self._evaluations, self._timings, self._events):
+            with _writing(path), open(path, "rb") as file:
+                os.fsync(file.fileno())
 
     def __enter__(self) -> Tracker:
         return self
@@ -192,7 +209,35 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self._write()
+        except LogWriteError:
+            if error is None:  # else there is something more important to tell
+                raise
+
+    def _event(self, step: int = 0, **content: Any) -> None:  # noqa: ANN401 - fields of a protocol buffer
+        """Add an event as a record of TensorFlow's format: length, its CRC, content, its CRC."""
+        protocol = importlib.import_module("tensorboard.compat.proto.event_pb2")
+        records = importlib.import_module("tensorboard.summary.writer.record_writer")
+        record = io.BytesIO()
+        event = protocol.Event(wall_time=time.time(), step=int(step), **content)
+        records.RecordWriter(record).write(event.SerializeToString())
+        self._add(self._events, record.getvalue())
+
+    def _add(self, path: Path, record: bytes) -> None:
+        self._waiting[path] = self._waiting.get(path, b"") + record
+
+    def _write(self) -> None:
+        """Append what waits for each file; one that cannot be written holds back no other."""
+        failure: LogWriteError | None = None
+        for path, content in list(self._waiting.items()):
+            try:
+                _append(path, content)
+                del self._waiting[path]
+            except LogWriteError as error:
+                failure = error
+        if failure is not None:
+            raise failure
 
 
 def scalar_layout() -> dict[str, dict[str, list[Any]]]:
@@ -250,15 +295,31 @@ def _last_attempt(timings: Path) -> int:
     return max((int(row.partition(",")[0]) for row in rows), default=0)
 
 
-def _append(path: Path, row: tuple[float, ...]) -> None:
-    """Add a row, or leave the table as it was: a torn row would swallow the next one."""
+def _torch_summaries() -> Any:  # noqa: ANN401 - a module without types
+    return importlib.import_module("torch.utils.tensorboard.summary")  # takes a second, and most commands never log
+
+
+def _new_event_file(directory: Path) -> Path:
+    """An empty file; TensorBoard reads those of a directory in the order of their names."""
+    stem, number = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}", 0
+    while (path := directory / f"{stem}.{number}").exists():
+        number += 1
+    path.touch()
+    return path
+
+
+def _line(row: tuple[float, ...]) -> bytes:
     cells = (str(int(value)) if isinstance(value, int | np.integer) else repr(float(value)) for value in row)
-    rest = ",".join(cells).encode() + b"\n"
+    return ",".join(cells).encode() + b"\n"
+
+
+def _append(path: Path, content: bytes) -> None:
+    """Add it all, or leave the file as it was: a torn record would swallow the next one."""
     with _writing(path), open(path, "ab", buffering=0) as file:  # a buffer would be flushed once more on closing
         size = file.tell()
         try:
-            while rest:
-                rest = rest[file.write(rest) :]
+            while content:
+                content = content[file.write(content) :]
         except OSError:
             os.ftruncate(file.fileno(), size)
             raise
@@ -269,7 +330,4 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise LogWriteError(
-            f"logs in {path} cannot be written ({error.strerror or error}); expected free space and permission: "
-            "mend that and rerun the command to resume"
-        ) from error
+        raise LogWriteError(f"logs in {path} cannot be written ({error.strerror or error}); {remedy(error)}") from error

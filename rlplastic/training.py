@@ -74,8 +74,6 @@ def train_agent(overrides: Sequence[str] = (), *, quiet: bool = False) -> Result
         view.warn(sentence)
     ignore = (*IDENTITY_IGNORES, *MACHINE_KEYS) if changed else IDENTITY_IGNORES
     with RunDirectory.open(asked.runs, name, asdict(config), fresh=asked.fresh, ignore=ignore) as directory:
-        if directory.moved_to is not None:
-            view.note(f"the earlier run is now {directory.moved_to}")
         directory.write("machine.json", json.dumps(asdict(machine), indent=1))
         return _train(config, choices, directory, view)
 
@@ -137,6 +135,8 @@ def _train(config: Config, choices: list[Choice], directory: RunDirectory, view:
             source = f"{loaded.path.name}, {session.restore(loaded, view.warn, view.track)}"
         for sentence in directory.cut_back(loaded.documents["logs"] if loaded else {}):
             view.warn(sentence)
+        if directory.moved_to is not None:
+            view.note(f"the earlier run is now {directory.moved_to}")
         if not view.quiet:
             banner([("run", str(directory.path), source), *describe(session, choices)])
         if config.compile == "on":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -295,6 +296,7 @@ def test_verb_records_a_video_or_says_why_not(
         (["episode=3"], "did you mean 'episodes'"),
         (["run={run}", "episodes=0"], "episodes=0"),
         (["run={run}", "episodes=many"], "episodes=many was refused"),
+        (["run={run}", "seed=-1"], "seed=-1 is out of range"),
         (["run={run}", "device=tpu9"], "device=tpu9"),
     ],
 )
@@ -310,3 +312,21 @@ def test_damaged_checkpoint_is_exit_code_4(run: Path) -> None:
     (tensors,) = run.glob("checkpoints/step_*/agent.safetensors")
     tensors.write_bytes(tensors.read_bytes()[:-1])
     assert run_verb(verb.main, [f"run={run}", "episodes=1"]) == 4
+
+
+def test_a_full_disk_is_told_as_such(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert run_verb(verb.main, [f"run={run}", "episodes=1"]) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device); free space on the disk" in error and "permission" not in error
+
+
+def test_warnings_go_to_standard_error(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (checkpoint,) = run.glob("checkpoints/step_*")
+    shutil.copytree(checkpoint, checkpoint.with_name("step_000000002000"))
+    (checkpoint.with_name("step_000000002000") / "agent.safetensors").write_bytes(b"")
+    assert run_verb(verb.main, [f"run={run}", "episodes=1"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith("warning: skipped a damaged checkpoint") and "skipped" not in captured.out

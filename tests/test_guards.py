@@ -88,3 +88,16 @@ def test_evidence_that_cannot_be_written_does_not_hide_the_error(guard: Guard) -
     guard._directory = guard._directory / "missing" / "folder"
     with pytest.raises(NonFiniteError, match="the evidence could not be written"):
         guard.stop("loss/critic", "a test")
+
+
+def test_the_message_promises_a_checkpoint_only_if_there_is_one(guard: Guard) -> None:
+    with pytest.raises(NonFiniteError, match="there is no checkpoint yet") as caught:
+        guard.stop("loss/critic", "a test")
+    assert "in place" not in str(caught.value)
+    (guard._directory / "checkpoints" / ".staging_step_000000000020").mkdir(parents=True)
+    with pytest.raises(NonFiniteError, match="there is no checkpoint yet"):
+        guard.stop("loss/critic", "a test")
+    (guard._directory / "checkpoints" / "step_000000000010").mkdir()
+    with pytest.raises(NonFiniteError, match="the last checkpoint is in place") as caught:
+        guard.stop("loss/critic", "a test")
+    assert "resume=fresh" not in str(caught.value)

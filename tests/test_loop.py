@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import random
 import signal
 import subprocess
@@ -12,8 +14,10 @@ import pytest
 from small_runs import SMALL, command, final_state, run
 
 from rlplastic import session, train_agent
+from rlplastic.command_line import run_verb
 from rlplastic.errors import ConfigurationError
 from rlplastic.kernels._triton import interpreted
+from rlplastic.loop import stop_signals
 from rlplastic.replay import ReplayRing, Sampler
 
 
@@ -114,14 +118,14 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(
     content[len(content) // 2] ^= 1
     (newest / "agent.safetensors").write_bytes(content)
     train_agent([*SMALL, f"runs={tmp_path}", "name=run"])
-    assert "skipped a damaged checkpoint" in capsys.readouterr().out
+    assert "skipped a damaged checkpoint" in capsys.readouterr().err
     assert final_state(tmp_path / "run") == reference
 
 
 def test_fresh_episodes_are_started_on_request_and_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     train_agent([*SMALL, f"runs={tmp_path}", "name=run", "env_steps=300"], quiet=True)
     train_agent([*SMALL, f"runs={tmp_path}", "name=run", "resume=fresh"])
-    assert "this resume is not exact: resume=fresh was asked for" in capsys.readouterr().out
+    assert "this resume is not exact: resume=fresh was asked for" in capsys.readouterr().err
     assert final_state(tmp_path / "run")["progress"]["transitions"] >= 600  # type: ignore[index,operator]
 
 
@@ -182,6 +186,53 @@ def test_a_run_that_is_terminated_while_it_sets_up_says_so_and_exits_130(tmp_pat
     _, complaint = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "interrupted" in complaint and "rerun" in complaint
+
+
+def test_a_run_whose_terminal_closes_saves_and_exits_130_although_the_signal_comes_twice(tmp_path: Path) -> None:
+    """All the way: a session on a pseudo-terminal, whose other end is closed."""
+    arguments = [*SMALL, "env_steps=1000000", "checkpoint.every=1000000", f"runs={tmp_path}", "name=run"]
+    outer, inner = pty.openpty()
+    process = subprocess.Popen(command(*arguments), stdin=inner, stdout=inner, stderr=inner, start_new_session=True)
+    os.close(inner)
+    shown = b""
+    while b"learning" not in shown:
+        shown += os.read(outer, 4096)
+    os.close(outer)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=120) == 130
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step_*"))) == 1
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_asks_the_loop_to_stop_and_only_a_lost_terminal_may_say_so_twice(name: str) -> None:
+    number = signal.Signals[name]
+    received: list[int] = []
+    before = signal.signal(number, lambda *_: received.append(number))
+    try:
+        with stop_signals() as stop:
+            assert not stop.is_set()
+            signal.raise_signal(number)
+            assert stop.is_set() and received == []
+            signal.raise_signal(number)
+            assert len(received) == (0 if name == "SIGHUP" else 1)
+        received.clear()
+        signal.raise_signal(number)
+        assert len(received) == 1
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_run_under_nohup_outlives_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run_verb(lambda arguments: signal.raise_signal(signal.SIGHUP), []) == 0
+        with stop_signals() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.is_set()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.mark.slow

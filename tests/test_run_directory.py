@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from rlplastic.errors import ConfigurationError
-from rlplastic.run_directory import MAX_NAME, RunDirectory, default_name, write_atomically
+from rlplastic.run_directory import MAX_NAME, RunDirectory, default_name, remedy, write_atomically
 
 CONFIG: dict[str, Any] = {
     "env": {"task": "Hopper-v5", "num_envs": None, "kwargs": {}},
@@ -195,6 +196,74 @@ def test_place_that_cannot_be_written_is_a_configuration_error(tmp_path: Path) -
         RunDirectory.open(tmp_path / "file", "run", CONFIG)
 
 
+def test_the_advice_fits_what_went_wrong() -> None:
+    assert remedy(OSError(errno.ENOSPC, "No space left on device")) == "free space on the disk"
+    assert remedy(PermissionError(errno.EACCES, "Permission denied")) == "mend the permission"
+    assert "mount" in remedy(OSError(errno.EROFS, "Read-only file system"))
+    assert remedy(OSError("no number")) == "mend that"
+
+
+def test_an_empty_folder_of_runs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigurationError, match="runs= is empty"):
+        RunDirectory.open("", "run", CONFIG)
+    assert list(tmp_path.iterdir()) == []
+
+
+def refused(root: Path, name: str = "run", leftover: str | None = None, **options: Any) -> None:
+    """A run that turns out to be impossible after it has its directory."""
+    with pytest.raises(ConfigurationError), RunDirectory.open(root, name, CONFIG, **options) as run:
+        run.write("machine.json", "{}")
+        if leftover:
+            (run.path / leftover).parent.mkdir(exist_ok=True)
+            (run.path / leftover).write_text("")
+        raise ConfigurationError("no such task")
+
+
+def test_a_refused_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    refused(tmp_path / "runs", "folder/run")
+    assert list(tmp_path.iterdir()) == []
+    saved_run(tmp_path / "runs", CONFIG)
+    refused(tmp_path / "runs", "other")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("leftover", ["eval.csv", "checkpoints/step_000000000001", "non_finite_1/report.json"])
+def test_a_run_that_saved_or_logged_something_is_never_removed(tmp_path: Path, leftover: str) -> None:
+    refused(tmp_path, leftover=leftover)
+    assert (tmp_path / "run" / leftover).exists() and (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_refused_run_leaves_a_directory_that_was_there_before(tmp_path: Path) -> None:
+    open_and_close(tmp_path, CONFIG)
+    refused(tmp_path)
+    assert (tmp_path / "run" / "machine.json").exists()
+    open_and_close(tmp_path, CONFIG)
+
+
+def test_a_refused_fresh_run_gives_the_earlier_one_its_place_back(tmp_path: Path) -> None:
+    saved_run(tmp_path, CONFIG)
+    refused(tmp_path, fresh=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert (tmp_path / "run" / "checkpoints" / "step_000000000001").is_dir()
+    open_and_close(tmp_path, CONFIG)
+
+
+def test_an_interrupted_or_crashed_run_keeps_its_directory(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), RunDirectory.open(tmp_path, "run", CONFIG):
+        raise ZeroDivisionError
+    assert (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_disk_that_is_full_from_the_start_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(ConfigurationError, match="free space on the disk"):
+        RunDirectory.open(tmp_path / "runs", "run", CONFIG)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_logs_are_cut_back_to_what_they_were(tmp_path: Path) -> None:
     with RunDirectory.open(tmp_path, "run", CONFIG) as run:
         event = "events.out.tfevents.1.host.2.0"
@@ -277,6 +346,7 @@ def test_other_files_of_a_run_are_written_whole_or_refused_in_one_sentence(
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(ConfigurationError, match=r"No space left on device.*runs="):
+        with pytest.raises(ConfigurationError, match=r"No space left on device.*free space.*runs=") as caught:
             run.write("plan.md", "second")
+        assert "permission" not in str(caught.value)
         assert (run.path / "plan.md").read_text(encoding="utf-8") == "first é"

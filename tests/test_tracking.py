@@ -10,8 +10,8 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -135,11 +135,10 @@ def test_resumed_logs_equal_those_of_a_run_that_was_never_interrupted(tmp_path: 
     timings = [line.split(",")[:2] for line in (parts.path / "timing.csv").read_text().splitlines()[1:]]
     assert [int(step) for _, step in timings] == [1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8]
     assert [int(attempt) for attempt, _ in timings] == [1] * 6 + [2] * 5
-    first.close()
 
 
 def test_flush_leaves_nothing_to_be_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorBoard writes from a thread of its own; without a flush the recorded lengths would race with it."""
+    """The lengths that a checkpoint records must hold: nothing may write to the logs from a thread of its own."""
     monkeypatch.setattr("os.fsync", lambda descriptor: None)  # its delay would hide the race
     with RunDirectory.open(tmp_path, "run", {}) as run, Tracker(run.path) as tracker:
         for step in range(100):
@@ -155,10 +154,10 @@ def test_row_that_a_killed_process_left_incomplete_is_dropped(tmp_path: Path) ->
         tracker.timing(timing_row(1))
     complete = (tmp_path / "timing.csv").read_bytes()
     (tmp_path / "timing.csv").write_bytes(complete + b"2,2,0.")
-    Tracker(tmp_path).close()
+    Tracker(tmp_path)
     assert (tmp_path / "timing.csv").read_bytes() == complete
     (tmp_path / "timing.csv").write_bytes(complete[:10])
-    Tracker(tmp_path).close()
+    Tracker(tmp_path)
     assert (tmp_path / "timing.csv").read_bytes() == complete.splitlines(keepends=True)[0]
 
 
@@ -180,17 +179,17 @@ def test_row_that_only_half_fits_on_the_disk_is_taken_back(tmp_path: Path) -> No
     program = f"""
 import pathlib, resource, signal
 from rlplastic.errors import LogWriteError
-from rlplastic.tracking import EvaluationRow, _append
+from rlplastic.tracking import _append, _line
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 table = pathlib.Path({str(tmp_path / "eval.csv")!r})
-_append(table, (1, 0.5))
+_append(table, _line((1, 0.5)))
 resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
 try:
-    _append(table, (2, 0.123456789))
+    _append(table, _line((2, 0.123456789)))
 except LogWriteError as error:
     print(error)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-_append(table, (3, 0.25))
+_append(table, _line((3, 0.25)))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -204,21 +203,78 @@ def test_table_with_other_columns_is_refused(tmp_path: Path) -> None:
         Tracker(tmp_path)
 
 
-def test_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def full(path: Path, content: bytes) -> None:
+    raise LogWriteError("no space")
+
+
+def test_full_disk_is_one_sentence_and_what_to_do_about_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Tracker(tmp_path) as tracker:
-
-        def full(*_: Any, **__: Any) -> None:
-            raise OSError(28, "No space left on device")
-
         with monkeypatch.context() as patch:
-            patch.setattr(tracker._writer, "add_scalar", full)
-            with pytest.raises(LogWriteError, match="No space left") as caught:
-                tracker.scalars(1, {"loss/critic": 1.0})
+            patch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            with pytest.raises(LogWriteError, match=r"No space left on device\); free space on the disk$") as caught:
+                tracker.flush()
         assert caught.value.exit_code == 1
         (tmp_path / "eval.csv").unlink()
         (tmp_path / "eval.csv").mkdir()
-        with pytest.raises(LogWriteError, match=r"eval\.csv cannot be written"):
+        with pytest.raises(LogWriteError, match=r"eval\.csv cannot be written .*; move the folder away"):
             tracker.evaluation(evaluation_row(1, 1.0))
+        (tmp_path / "eval.csv").rmdir()
+
+
+def test_what_could_not_be_written_comes_later_in_its_order_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for directory, broken in ((whole, ()), (parts, (2, 3, 5))):
+        directory.mkdir()
+        with Tracker(directory) as tracker:
+            for step in range(1, 7):
+                with monkeypatch.context() as patch:
+                    if step in broken:
+                        patch.setattr("rlplastic.tracking._append", full)
+                    for write in (
+                        lambda step=step: tracker.scalars(step, {"loss/critic": step / 7}),
+                        lambda step=step: tracker.evaluation(evaluation_row(step, step / 3)),
+                        lambda step=step: tracker.timing(timing_row(step)),
+                    ):
+                        with pytest.raises(LogWriteError) if step in broken else nullcontext():
+                            write()
+    for table in ("eval.csv", "timing.csv"):
+        assert (parts / table).read_bytes() == (whole / table).read_bytes()
+    for tag in ("loss/critic", "eval/return_mean"):
+        assert curve(parts, tag) == curve(whole, tag) != []
+
+
+def test_a_file_that_cannot_be_written_holds_back_no_other(tmp_path: Path) -> None:
+    with Tracker(tmp_path) as tracker:
+        (tmp_path / "eval.csv").unlink()
+        (tmp_path / "eval.csv").mkdir()
+        with pytest.raises(LogWriteError):
+            tracker.evaluation(evaluation_row(7, 0.5))
+        assert curve(tmp_path, "eval/return_mean") == [(7, 0.5)]
+        (tmp_path / "eval.csv").rmdir()
+    assert (tmp_path / "eval.csv").read_text().startswith("7,1,10,0.5,")
+
+
+def test_logs_that_stay_unwritten_are_an_error_unless_there_is_a_worse_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error in (LogWriteError, ZeroDivisionError):
+        with monkeypatch.context() as patch, pytest.raises(error), Tracker(tmp_path) as tracker:
+            patch.setattr("rlplastic.tracking._append", full)
+            with suppress(LogWriteError):
+                tracker.timing(timing_row(1))
+            if error is ZeroDivisionError:
+                raise ZeroDivisionError
+
+
+def test_the_last_evaluation_is_found_again_bit_for_bit(tmp_path: Path) -> None:
+    with Tracker(tmp_path) as tracker:
+        assert tracker.last_evaluation() is None
+        rows = [evaluation_row(step, step / 7) for step in (10, 20)]
+        for row in rows:
+            tracker.evaluation(row)
+    assert Tracker(tmp_path).last_evaluation() == rows[-1]
 
 
 def test_every_documented_scalar_has_a_place_in_the_layout() -> None:
@@ -257,30 +313,6 @@ def test_plain_output_is_one_ascii_line_per_update_without_control_codes() -> No
     for part in ("step 12,000 (25.0%, 6m00s left)", "return 123.46 (10 episodes)", "eval 150.2 +/- 12.1", "alpha 0.01"):
         assert part in lines[0]
     assert "[bold]saved[/bold]" in lines[1] and "eval - |" in lines[2]
-
-
-def test_live_view_redraws_in_place_and_keeps_notes() -> None:
-    stream = io.StringIO()
-    console = Console(file=stream, force_terminal=True, width=120, color_system=None, legacy_windows=False)
-    with View(console=console) as view:
-        view.update(STATUS)
-        view.note("evaluated [not markup]")
-        view.update(dataclasses.replace(STATUS, step=24_000))
-    output = stream.getvalue()
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output)
-    assert "\x1b[2K" in output and "━" in output and output.count("\x1b[?25h") == 1  # the cursor comes back
-    assert "step 12,000" in plain and "step 24,000" in plain and "evaluated [not markup]" in plain
-
-
-def test_quiet_view_shows_warnings_only() -> None:
-    stream = io.StringIO()
-    with View(console=Console(file=stream, force_terminal=True), quiet=True) as view:
-        view.update(STATUS)
-        view.note("checkpoint saved")
-        view.note("warning: this is only a note")
-        view.warn("disk nearly full")
-        assert list(view.track([1, 2], "replaying")) == [1, 2]
-    assert stream.getvalue() == "warning: disk nearly full\n"
 
 
 def test_tracked_items_come_through_in_order_with_one_plain_line() -> None:

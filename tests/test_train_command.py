@@ -109,7 +109,7 @@ def test_a_full_disk_while_saving_costs_nothing_that_was_trained(
 
     monkeypatch.setattr(checkpoint, "write_hashed", full)
     result = train_agent([*SMALL, f"runs={tmp_path}", "name=run"])
-    assert "warning: checkpoint" in capsys.readouterr().out
+    assert "warning: checkpoint" in capsys.readouterr().err
     assert result.transitions == 600
 
 
@@ -248,3 +248,22 @@ def test_a_policy_needs_no_replay_beside_it(tmp_path: Path) -> None:
     assert policy.act({"policy": np.zeros((2, 3))}).shape == (2, 1)  # type: ignore[dict-item]
     with pytest.raises(ConfigurationError, match="without the group 'policy'"):
         policy.act({"obs": np.zeros((2, 3), np.float32)})
+
+
+def test_refused_commands_leave_no_directories(tmp_path: Path) -> None:
+    where = [f"runs={tmp_path / 'runs'}", "preset=debug"]
+    refused("env=gymnasium", "env.task=CartPole-v1", *where)
+    refused("env=gymnasium", "env.task=HalfCheeta-v5", *where)
+    refused("env=pendulum", "init_from=-nope", *where)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(tmp_path: Path) -> None:
+    arguments = [*SMALL, f"runs={tmp_path}", "name=run", "evaluation.every=0"]
+    with subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+    assert (tmp_path / "run" / "checkpoints" / "step_000000000600").is_dir()

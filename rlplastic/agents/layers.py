@@ -6,7 +6,7 @@ product. Activations lie features first because a batch norm sums over the batch
 
 Whether a batch norm uses batch or running statistics is an argument of the call, not a mode of the module: the agent
 needs both on the same network within one update. So is ``bf16``, with which the products of a trunk take and give
-bfloat16, and what lies between two products is stored so (sums, statistics, the residual stream and heads stay float32).
+bfloat16, and what lies between two products is stored so (sums, statistics, residual stream and heads stay float32).
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from rlplastic.envs.base import ActionMap, AutoresetMode, Observation, Step, VectorEnv
 from rlplastic.envs.episodes import EpisodeStatistics, FinishedEpisodes
+from rlplastic.envs.gymnasium_adapter import in_words, raised_at
 from rlplastic.errors import ConfigurationError, EnvironmentContractError, NonFiniteError, RlplasticError, nearest
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def check(make: Callable[[list[int]], VectorEnv], num_envs: int = 4, steps: int 
     envs = make(seeds)
     findings = [_check_attributes(envs, num_envs)]
     description = str(getattr(envs, "description", type(envs).__name__))
-    names = ("shapes", "finite", "autoreset", "time limit", "determinism", "seeds", "actions", "close")
+    names = ("shapes", "finite", "determinism", "autoreset", "time limit", "seeds", "actions", "close")
     if findings[0].status == "fail":
         skipped = [Finding(name, "skip", "the attributes must be right first") for name in names]
         return Report(description, (*findings, *skipped))
@@ -106,16 +107,21 @@ def check(make: Callable[[list[int]], VectorEnv], num_envs: int = 4, steps: int 
     try:
         rollout = _rollout(envs, count, seed)
     except Exception as error:
-        failed = Finding("shapes", "fail", f"reset and step raised {type(error).__name__}: {error}")
+        cause = error.__cause__ or error  # the adapter's own sentence sends the reader here
+        place = raised_at(cause)
+        words = f"reset and step raised {in_words(cause)}" + (f" at {place}" if place else "")
+        failed = Finding("shapes", "fail", words)
         skipped = [Finding(name, "skip", "the environment does not step") for name in names[1:]]
         return Report(description, (*findings, failed, *skipped))
     findings.append(_check_shapes(envs, rollout))
     sound = findings[-1].status == "pass"
+    twin = partial(make, seeds)
     judged: list[tuple[str, Callable[[], Finding]]] = [
         ("finite", lambda: _check_finite(rollout)),
-        ("autoreset", lambda: _check_autoreset(envs, rollout, lambda: make(seeds), seed)),
+        ("determinism", lambda: _check_determinism(envs, rollout, twin, seed)),
+        # called next: a twin is only a witness if it repeats what its like did
+        ("autoreset", lambda: _check_autoreset(envs, rollout, twin if findings[-1].status == "pass" else None, seed)),
         ("time limit", lambda: _check_time_limit(envs, rollout)),
-        ("determinism", lambda: _check_determinism(envs, rollout, lambda: make(seeds), seed)),
         ("seeds", lambda: _check_seeds(envs, rollout, make([other + 500_009 for other in seeds]), seed)),
         ("actions", lambda: _check_actions(envs)),
         ("close", lambda: _check_close(envs)),
@@ -211,15 +217,18 @@ def _check_finite(rollout: _Rollout) -> Finding:
     return Finding("finite", "pass", f"largest observation {largest:.4g}")
 
 
-def _check_autoreset(envs: VectorEnv, rollout: _Rollout, twin: Callable[[], VectorEnv], seed: int) -> Finding:
-    """Compare the declared mode with what the first end of every environment shows."""
+def _check_autoreset(envs: VectorEnv, rollout: _Rollout, twin: Callable[[], VectorEnv] | None, seed: int) -> Finding:
+    """Compare the declared mode with what the first end of every environment shows.
+
+    A ``twin`` acts differently after each end, which must not matter; without one that is not looked at.
+    """
     done = rollout.done()
     ended = np.flatnonzero(done[:-1].any(axis=0))
     if not len(ended):
         return Finding("autoreset", "skip", f"no episode ended within {len(done)} steps; give more steps")
     first = {int(row): int(np.argmax(done[:, row])) for row in ended}
     fault = (
-        _next_step_fault(envs, rollout, first, twin, seed)
+        _next_step_fault(rollout, first, twin, seed)
         if envs.autoreset is AutoresetMode.NEXT_STEP
         else _same_step_fault(envs, rollout, first)
     )
@@ -229,10 +238,10 @@ def _check_autoreset(envs: VectorEnv, rollout: _Rollout, twin: Callable[[], Vect
 
 
 def _next_step_fault(
-    envs: VectorEnv, rollout: _Rollout, first: dict[int, int], twin: Callable[[], VectorEnv], seed: int
+    rollout: _Rollout, first: dict[int, int], twin: Callable[[], VectorEnv] | None, seed: int
 ) -> str | None:
     other = None
-    if envs.deterministic:
+    if twin is not None:
         copy = twin()
         other = _rollout(copy, max(first.values()) + 2, seed, other_action_after_done=True)
         copy.close()

@@ -3,17 +3,23 @@
 All three of gymnasium's autoreset modes are accepted. ``disabled`` becomes SAME_STEP: the adapter itself resets the
 finished rows with ``reset_mask`` and hands out the final observation, so environments that reset themselves badly in
 their last step can still be used.
+
+What an environment raises, or returns in the wrong shape, becomes an `EnvironmentContractError` that names the place.
 """
 
 from __future__ import annotations
 
 import atexit
+import re
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +34,8 @@ if TYPE_CHECKING:
 _Vector: TypeAlias = Any  # a SyncVectorEnv or an AsyncVectorEnv; only the latter has step_async and step_wait
 _VECTORIZATIONS = ("sync", "async")
 _AUTORESETS = ("next_step", "same_step", "disabled")
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_NOT_THE_ENVIRONMENT = re.compile(r"/gymnasium/(?!envs/)|/numpy/|/multiprocessing/|^<")
 
 
 class GymnasiumEnv:
@@ -46,8 +54,11 @@ class GymnasiumEnv:
 
     Raises:
         ConfigurationError: unknown id or option.
-        EnvironmentContractError: observations are not flat float Boxes, or actions not one bounded Box.
+        EnvironmentContractError: observations are not flat float Boxes, actions not one bounded Box, or the environment
+            itself raised something; `reset` and `receive` raise it for the same reason.
     """
+
+    _checker = "rlplastic.envs.checker.check"
 
     def __init__(
         self,
@@ -58,7 +69,8 @@ class GymnasiumEnv:
         autoreset: str = "next_step",
         kwargs: dict[str, Any] | None = None,
     ) -> None:
-        self._build(partial(_make, env_id, dict(kwargs or {})), num_envs, seeds, vectorization, autoreset, env_id)
+        self._checker = f"python -m rlplastic.envs.checker env=gymnasium task={env_id}"
+        self._build(partial(make_env, env_id, dict(kwargs or {})), num_envs, seeds, vectorization, autoreset, env_id)
 
     @classmethod
     def from_factory(
@@ -85,8 +97,8 @@ class GymnasiumEnv:
         name: str,
     ) -> None:
         import gymnasium
-        from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
         from gymnasium.vector import AutoresetMode as GymnasiumMode
+        from gymnasium.vector import SyncVectorEnv
 
         _one_of("env.vectorization", vectorization, _VECTORIZATIONS)
         _one_of("env.autoreset", autoreset, _AUTORESETS)
@@ -94,10 +106,12 @@ class GymnasiumEnv:
             raise ConfigurationError(
                 f"{num_envs} environments and {len(seeds)} seeds were given; expected at least one and a seed for each"
             )
+        self._name = name
         # a trial copy: contract errors appear here, before any process is started
         trial = make()
         try:
-            self._layout = layout_of(trial.observation_space, name, max_ndim=1)
+            self._space = trial.observation_space
+            self._layout = layout_of(self._space, name, max_ndim=1)
             low, high = action_box(trial.action_space, name)
             self._map = ActionMap(low, high)
             self._action_dtype = trial.action_space.dtype
@@ -118,7 +132,8 @@ class GymnasiumEnv:
         self._seeds: list[int] | None = list(seeds)
         self._is_async = vectorization == "async"
         self._actions: Array | None = None
-        vector = AsyncVectorEnv if self._is_async else SyncVectorEnv
+        self._broken = False
+        vector: Any = _async_vector_env() if self._is_async else SyncVectorEnv
         mode = {"next_step": GymnasiumMode.NEXT_STEP, "same_step": GymnasiumMode.SAME_STEP}.get(
             autoreset, GymnasiumMode.DISABLED
         )
@@ -134,9 +149,12 @@ class GymnasiumEnv:
         env = self._open()
         if self._actions is not None:
             self.receive()
-        observation, _ = env.reset(seed=self._seeds)
+        try:
+            observation = self._layout(env.reset(seed=self._seeds)[0])
+        except Exception as error:
+            self._blame("reset", error)
         self._seeds = None
-        return self._layout(observation)
+        return observation
 
     def send(self, actions: NDArray[np.float32]) -> None:
         """Check ``actions`` and start stepping (``sync``: the work happens in ``receive``); see `VectorEnv.send`."""
@@ -146,7 +164,10 @@ class GymnasiumEnv:
             raise EnvironmentContractError("a step is already in flight; expected receive() before the next send()")
         self._actions = self._map(actions).astype(self._action_dtype)
         if self._is_async:
-            env.step_async(self._actions)
+            try:
+                env.step_async(self._actions)
+            except Exception as error:
+                self._blame("step", error)
 
     def receive(self) -> Step:
         """Wait for the step that ``send`` started."""
@@ -154,6 +175,12 @@ class GymnasiumEnv:
         if self._actions is None:
             raise EnvironmentContractError("no step is in flight; expected send(actions) before receive()")
         actions, self._actions = self._actions, None
+        try:
+            return self._step(env, actions)
+        except Exception as error:
+            self._blame("step", error)
+
+    def _step(self, env: _Vector, actions: Array) -> Step:
         observation, reward, terminated, truncated, info = env.step_wait() if self._is_async else env.step(actions)
         groups = self._layout(observation)
         if self.autoreset is AutoresetMode.SAME_STEP:
@@ -169,11 +196,20 @@ class GymnasiumEnv:
 
     def close(self) -> None:
         """End the processes and free the environments; calling it twice is harmless."""
-        if self._env is not None:
+        if self._env is None:
+            return
+        env, self._env = self._env, None
+        try:
             if self._is_async and self._actions is not None:
-                self._env.step_wait()
-            self._env.close()
-            self._env = None
+                with suppress(Exception):  # nobody waits for this step any more
+                    env.step_wait()
+            env.close()
+        except Exception as error:
+            self._kill_workers()
+            env.closed = True
+            if not self._broken:
+                self._blame("close", error)
+        finally:
             atexit.unregister(self._kill_workers)
 
     def _final(self, final_obs: Array, done: NDArray[np.bool_]) -> Observation:
@@ -189,6 +225,24 @@ class GymnasiumEnv:
             groups[group] = np.zeros((self.num_envs, rows.shape[1]), np.float32)
             groups[group][done] = rows
         return groups
+
+    def _blame(self, call: str, error: Exception) -> NoReturn:
+        """Raise EnvironmentContractError in place of what the environment raised or gymnasium refused."""
+        self._broken = True
+        self._actions = None
+        place = raised_at(error)
+        if self._is_async and isinstance(error, (EOFError, ConnectionError)):
+            happened = f"a process of {self._name} died in {call}()"
+        elif place:
+            happened = f"{self._name} raised {in_words(error)} in {call}() at {place}"
+        else:
+            happened = (
+                f"what {self._name} returned from {call}() was refused with {in_words(error)}; expected observations "
+                f"in {self._space}"
+            )
+        raise EnvironmentContractError(
+            f"{happened}; mend the environment, and look at it alone with {self._checker}"
+        ) from error
 
     def _open(self) -> _Vector:
         if self._env is None:
@@ -217,19 +271,108 @@ def _kill(workers: list[BaseProcess]) -> None:
         worker.kill()
 
 
-def _make(env_id: str, kwargs: dict[str, Any]) -> gymnasium.Env[Any, Any]:
+def _async_vector_env() -> type:
+    """gymnasium's ``AsyncVectorEnv``, but a worker's traceback goes with the exception instead of to stderr."""
+    from gymnasium.vector import AsyncVectorEnv
+    from gymnasium.vector.async_vector_env import AsyncState
+
+    base: Any = AsyncVectorEnv
+
+    class QuietAsyncVectorEnv(base):  # type: ignore[misc]
+        def _raise_if_errors(self, successes: Iterable[bool]) -> None:
+            error: BaseException | None = None
+            for _ in range(sum(not success for success in successes)):
+                index, kind, value, trace = self.error_queue.get()
+                self.parent_pipes[index].close()
+                self.parent_pipes[index] = None
+                error = value if isinstance(value, kind) else kind(value)
+                error.add_note(trace)
+            if error is not None:
+                self._state = AsyncState.DEFAULT
+                raise error
+
+    return QuietAsyncVectorEnv
+
+
+def raised_at(error: BaseException) -> str:
+    """``file:line`` where an environment raised ``error``; empty if no code but gymnasium's and ours took part."""
+    frames = _FRAME.findall("".join(traceback.format_exception(error)))
+    own = [(file, line) for file, line in frames if file != __file__ and not _NOT_THE_ENVIRONMENT.search(file)]
+    return ":".join(own[-1]) if own else ""
+
+
+def in_words(error: BaseException) -> str:
+    """``ValueError: what it said``, on one line."""
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def make_env(env_id: str, kwargs: dict[str, Any]) -> gymnasium.Env[Any, Any]:
+    """One environment, without the warnings that a user of an older version would see for every copy.
+
+    Raises:
+        ConfigurationError: unknown id or option, or a package is missing.
+        EnvironmentContractError: its constructor raised something else.
+    """
     import gymnasium
 
     try:
-        # gymnasium's passive checker costs a call per step; `rlplastic.envs.checker` checks more, once
-        return gymnasium.make(env_id, disable_env_checker=True, **kwargs)
+        with _without_deprecations(gymnasium.registry.get(env_id)):
+            # gymnasium's passive checker costs a call per step; `rlplastic.envs.checker` checks more, once
+            return gymnasium.make(env_id, disable_env_checker=True, **kwargs)
     except gymnasium.error.UnregisteredEnv as error:
-        raise ConfigurationError(f"gymnasium has no {env_id!r}; {nearest(env_id, gymnasium.registry)}") from error
+        raise ConfigurationError(f"gymnasium has no {env_id!r}; {_near_ids(env_id)}") from error
     except (ImportError, gymnasium.error.Error) as error:  # a missing package, or a version that gymnasium dropped
         reason = str(error).strip().splitlines()[0]
         raise ConfigurationError(f"{env_id} cannot be made ({reason}); install what it needs or use another") from error
-    except TypeError as error:
-        raise ConfigurationError(f"{env_id} refuses the options {kwargs}: {error}") from error
+    except Exception as error:
+        if isinstance(error, TypeError) and kwargs:
+            raise ConfigurationError(f"{env_id} refuses the options {kwargs}: {error}") from error
+        place = raised_at(error)
+        raise EnvironmentContractError(
+            f"{env_id} raised {in_words(error)} while it was made" + (f", at {place}" if place else "") + "; mend it"
+        ) from error
+
+
+@contextmanager
+def _without_deprecations(spec: gymnasium.envs.registration.EnvSpec | None) -> Iterator[None]:
+    """Silence what older environments and their models cause: whoever asks for HalfCheetah-v4 wants it.
+
+    MuJoCo would write its warnings to stderr and to MUJOCO_LOG.TXT in the working directory, for every copy.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* is out of date", DeprecationWarning)
+        if "mujoco" not in sys.modules and "mujoco" not in str(spec and spec.entry_point):
+            yield
+            return
+        import mujoco
+
+        previous = mujoco.get_mju_user_warning()
+        mujoco.set_mju_user_warning(_pass_on)
+        try:
+            yield
+        finally:
+            mujoco.set_mju_user_warning(previous)
+
+
+def _pass_on(warning: str) -> None:
+    if "deprecated" not in warning:
+        print(f"WARNING: {warning}", file=sys.stderr)
+
+
+def _near_ids(env_id: str) -> str:
+    """A hint; for ``module:Id-v0`` among what that module's package registered."""
+    from gymnasium import registry
+
+    module, _, name = env_id.rpartition(":")
+    package = module.partition(".")[0]
+    own = []
+    for known, spec in registry.items():
+        entry = spec.entry_point
+        home = entry if isinstance(entry, str) else getattr(entry, "__module__", "")
+        if re.split("[.:]", home)[0] == package:
+            own.append(known)
+    return nearest(name, own, prefix=f"{module}:") if module and own else nearest(name, registry)
 
 
 def _time_limit(env: gymnasium.Env[Any, Any]) -> int | None:

@@ -2,8 +2,8 @@
 
 Activations lie features first, ``(..., dim, B)``: the sums over the batch then run along memory, and a row of the
 batch stays in the first-level cache from its sums to its result. The gradient is written out, so that a compiler finds
-two sums and one pass over a row instead of a chain of saved intermediates; where the ReLU was active is found again from
-the input, which is cheaper than reading a saved mask.
+two sums and one pass over a row instead of a chain of saved intermediates; where the ReLU was active is found again
+from the input, which is cheaper than reading a saved mask.
 
 Arithmetic is float32 (or wider), whatever the activations are stored in.
 """
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
 
 STEEP = 1e30
 """Turns any activation that matters into one above 1 or below 0."""
@@ -27,7 +26,7 @@ def _wide(x: Tensor) -> Tensor:
 def _active(wide: Tensor, scale: Tensor, shift: Tensor, gradient: Tensor, relu: bool) -> Tensor:
     """The gradient before the ReLU.
 
-    The step function is made of a product and a clamp, as a float: a compiler given a comparison would save its booleans
+    The step function is made of a product and a clamp, as a float: a compiler given a comparison would save booleans
     for the way back, and booleans are what it vectorises worst (measured: ten times the time of all other passes).
     """
     gradient = _wide(gradient)

@@ -1,0 +1,130 @@
+"""Time of one FlashSAC update against its arithmetic floor: the matrix products of the same update, done alone.
+
+The products are those that two updates (one with an actor step) really do, recorded from an eager run with their
+shapes, strides and precision; the floor is the time that they take one after the other on tensors that lie ready.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rlplastic.agents import make_agent
+from rlplastic.composition import compose
+from rlplastic.presets import probe_machine, resolve
+from rlplastic.replay.sample import Batch
+
+OBSERVATIONS, ACTIONS = 348, 17
+CAPTION = "Milliseconds per update, median; the actor learns every second time. floor: the same products alone."
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
+Product = tuple[Any, list[tuple[torch.Size, tuple[int, ...], torch.dtype]]]
+
+
+def measure(options: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - the verb's arguments
+    """A row for every size and precision, compiled where a compiler is found, and eager."""
+    machine = probe_machine("auto")
+    sizes = [(32, 64)] if options.quick else [(256, 512), (128, 256), (64, 256)]
+    modes = ["off"] if machine.compiler is None and machine.device == "cpu" else ["on", "off"]
+    precisions = ["bf16", "float32"] if machine.bf16_hardware else ["float32"]
+    return [
+        _row(width, batch, precision, mode, options.repeats)
+        for width, batch in sizes
+        for precision in precisions
+        for mode in modes
+    ]
+
+
+def _row(width: int, batch: int, precision: str, mode: str, repeats: int) -> dict[str, Any]:
+    overrides = [f"agent.critic_width={width}", f"agent.actor_width={width // 2}", f"replay.batch_size={batch}"]
+    machine = probe_machine("auto")
+    config, _ = resolve(compose([*overrides, f"precision={precision}", "compile=off"]), machine)
+
+    def agent_with(compile: Callable[[Any], Any]) -> Any:  # noqa: ANN401 - FlashSAC, of which `Agent` shows less
+        return make_agent(config, {"policy": OBSERVATIONS}, ACTIONS, compile)
+
+    drawn = _batch(batch, machine.device)
+    products = _products(lambda: _two(agent_with(lambda function: function), drawn))
+    replay = _replay(products, machine.device)
+    agent = agent_with(partial(torch.compile, dynamic=False, fullgraph=True) if mode == "on" else lambda f: f)
+    times: dict[str, list[float]] = {"update": [], "floor": []}
+    for repeat in range(repeats + 2):
+        for name, work in (("update", lambda: _two(agent, drawn)), ("floor", replay)):
+            started = time.perf_counter()
+            work()
+            if machine.device != "cpu":
+                torch.cuda.synchronize()
+            if repeat > 1:  # the first compile and warm up
+                times[name].append((time.perf_counter() - started) / 2 * 1e3)
+    update, floor = (statistics.median(times[name]) for name in ("update", "floor"))
+    return {
+        "width": width,
+        "batch": batch,
+        "precision": precision,
+        "compile": mode,
+        "update ms": update,
+        "floor ms": floor,
+        "ratio": update / floor,
+        "GFLOP": sum(_flop(product) for product in products) / 2e9,
+    }
+
+
+def _batch(size: int, device: str) -> Batch:
+    rng = torch.Generator().manual_seed(0)
+    block = torch.randn(2 * size, OBSERVATIONS + ACTIONS, generator=rng).to(device)
+    return Batch(
+        observation={"policy": block[:size, :OBSERVATIONS]},
+        action=block[:size, OBSERVATIONS:].tanh(),
+        reward=torch.randn(size, generator=rng).to(device) / 10,
+        discount=torch.full((size,), 0.99, device=device),
+        next_observation={"policy": block[size:, :OBSERVATIONS]},
+        rows=torch.zeros(size, dtype=torch.int64, device=device),
+    )
+
+
+def _two(agent: Any, drawn: Batch) -> None:  # noqa: ANN401
+    for _ in range(2):
+        agent.update(drawn, 0.5)
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[Product] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        if func.overloadpacket.__name__ in PRODUCTS:
+            tensors = [(t.shape, t.stride(), t.dtype) for t in args if isinstance(t, Tensor)]
+            self.seen.append((func, tensors))
+        return func(*args, **(kwargs or {}))
+
+
+def _products(work: Callable[[], None]) -> list[Product]:
+    with _Recorder() as recorder:
+        work()
+    seen: list[Product] = recorder.seen
+    return seen
+
+
+def _replay(products: list[Product], device: str) -> Callable[[], None]:
+    def tensor(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty_strided(shape, stride, dtype=torch.float32, device=device).normal_().to(dtype)
+
+    ready = [(func, [tensor(*spec) for spec in specs]) for func, specs in products]
+
+    def work() -> None:
+        for func, tensors in ready:
+            func(*tensors)
+
+    return work
+
+
+def _flop(product: Product) -> float:
+    (left, _, _), (right, _, _) = product[1][-2:]
+    return 2.0 * left.numel() * right[-1]
