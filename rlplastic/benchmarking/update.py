@@ -53,9 +53,10 @@ def _row(width: int, batch: int, precision: str, mode: str, repeats: int) -> dic
     products = _products(lambda: _two(agent_with(lambda function: function), drawn))
     replay = _replay(products, machine.device)
     agent = agent_with(partial(torch.compile, dynamic=False, fullgraph=True) if mode == "on" else lambda f: f)
-    times: dict[str, list[float]] = {"update": [], "floor": []}
+    works: dict[str, Callable[[], None]] = {"update": lambda: _two(agent, drawn), "floor": replay}
+    times: dict[str, list[float]] = {name: [] for name in works}
     for repeat in range(repeats + 2):
-        for name, work in (("update", lambda: _two(agent, drawn)), ("floor", replay)):
+        for name, work in works.items():
             started = time.perf_counter()
             work()
             if machine.device != "cpu":
