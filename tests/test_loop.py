@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import random
 import signal
 import subprocess
@@ -184,6 +186,22 @@ def test_a_run_that_is_terminated_while_it_sets_up_says_so_and_exits_130(tmp_pat
     _, complaint = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "interrupted" in complaint and "rerun" in complaint
+
+
+def test_a_run_whose_terminal_closes_saves_and_exits_130_although_the_signal_comes_twice(tmp_path: Path) -> None:
+    """All the way: a session on a pseudo-terminal, whose other end is closed."""
+    arguments = [*SMALL, "env_steps=1000000", "checkpoint.every=1000000", f"runs={tmp_path}", "name=run"]
+    outer, inner = pty.openpty()
+    process = subprocess.Popen(command(*arguments), stdin=inner, stdout=inner, stderr=inner, start_new_session=True)
+    os.close(inner)
+    # A row below the header, which only training writes: the banner speaks of learning before there is a thing to save.
+    timing = tmp_path / "run" / "timing.csv"
+    while not timing.exists() or timing.read_text().count("\n") < 2:
+        os.read(outer, 4096)
+    os.close(outer)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=120) == 130
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step_*"))) == 1
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
