@@ -188,7 +188,7 @@ def test_a_run_that_is_terminated_while_it_sets_up_says_so_and_exits_130(tmp_pat
     assert "interrupted" in complaint and "rerun" in complaint
 
 
-def test_a_run_whose_terminal_closes_saves_and_exits_130_although_the_signal_comes_twice(tmp_path: Path) -> None:
+def test_a_run_whose_terminal_closes_saves_and_exits_130(tmp_path: Path) -> None:
     """All the way: a session on a pseudo-terminal, whose other end is closed."""
     arguments = [*SMALL, "env_steps=1000000", "checkpoint.every=1000000", f"runs={tmp_path}", "name=run"]
     outer, inner = pty.openpty()
