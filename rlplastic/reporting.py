@@ -164,7 +164,10 @@ class Reporter:
             with self._logging():
                 self.tracker.flush()
             if finished and self._unwritten:
-                raise LogWriteError("the last logs are not written: rerun the command once they can be, to finish it")
+                raise LogWriteError(
+                    "the last logs are not written: make that possible and rerun the command, which goes on from the "
+                    "last checkpoint"
+                )
             self.session.save(self.session.directory.log_lengths(), finished)
         self._finished = finished
         self.session.watch.lap("checkpoint")
