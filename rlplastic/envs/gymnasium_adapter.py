@@ -10,6 +10,7 @@ What an environment raises, or returns in the wrong shape, becomes an `Environme
 from __future__ import annotations
 
 import atexit
+import os
 import re
 import signal
 import sys
@@ -35,7 +36,11 @@ _Vector: TypeAlias = Any  # a SyncVectorEnv or an AsyncVectorEnv; only the latte
 _VECTORIZATIONS = ("sync", "async")
 _AUTORESETS = ("next_step", "same_step", "disabled")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-_NOT_THE_ENVIRONMENT = re.compile(r"/gymnasium/(?!envs/)|/numpy/|/multiprocessing/|^<")
+_NOT_THE_ENVIRONMENT = re.compile(
+    r"-packages/(gymnasium/(?!envs/)|numpy/)|^<"
+    rf"|^{re.escape(__file__)}|^{re.escape(os.path.dirname(os.__file__))}/(?!.*-packages/)"
+)
+"""Whose lines say nothing about an environment's fault: gymnasium's, numpy's, the standard library's and ours."""
 
 
 class GymnasiumEnv:
@@ -107,23 +112,11 @@ class GymnasiumEnv:
                 f"{num_envs} environments and {len(seeds)} seeds were given; expected at least one and a seed for each"
             )
         self._name = name
+        self._broken = False
+        self._workers: list[BaseProcess] = []
         # a trial copy: contract errors appear here, before any process is started
-        trial = make()
-        try:
-            self._space = trial.observation_space
-            self._layout = layout_of(self._space, name, max_ndim=1)
-            low, high = action_box(trial.action_space, name)
-            self._map = ActionMap(low, high)
-            self._action_dtype = trial.action_space.dtype
-            self.max_episode_steps = _time_limit(trial)
-            self.deterministic = not (trial.spec is not None and trial.spec.nondeterministic)
-        finally:
-            trial.close()
+        self._study(make())
         self.num_envs = num_envs
-        self.terms = self._layout.terms
-        self.observation_dims = self._layout.dims
-        self.action_dim = len(low)
-        self.action_low, self.action_high = self._map.low, self._map.high
         self.autoreset = AutoresetMode.NEXT_STEP if autoreset == "next_step" else AutoresetMode.SAME_STEP
         self.description = (
             f"gymnasium {gymnasium.__version__} {name}, {num_envs} environments, {vectorization}, {autoreset}"
@@ -132,17 +125,35 @@ class GymnasiumEnv:
         self._seeds: list[int] | None = list(seeds)
         self._is_async = vectorization == "async"
         self._actions: Array | None = None
-        self._broken = False
         vector: Any = _async_vector_env() if self._is_async else SyncVectorEnv
         mode = {"next_step": GymnasiumMode.NEXT_STEP, "same_step": GymnasiumMode.SAME_STEP}.get(
             autoreset, GymnasiumMode.DISABLED
         )
         with _stop_signals_held_back():
             self._env: Any = vector([make] * num_envs, autoreset_mode=mode)
-            self._workers: list[BaseProcess] = list(getattr(self._env, "processes", ()))
+            self._workers = list(getattr(self._env, "processes", ()))
             self._kill_workers = partial(_kill, self._workers)
             # Registered after multiprocessing's own hook and so called before it, which would wait for deaf workers.
             atexit.register(self._kill_workers)
+
+    def _study(self, trial: gymnasium.Env[Any, Any]) -> None:
+        """Read the spaces and the time limit of one environment, and close it."""
+        self._space = getattr(trial, "observation_space", None)
+        try:
+            self._layout = layout_of(self._space, self._name, max_ndim=1)
+            self._map = ActionMap(*action_box(getattr(trial, "action_space", None), self._name))
+            self._action_dtype = trial.action_space.dtype
+            self.max_episode_steps = _time_limit(trial)
+            self.deterministic = not (trial.spec is not None and trial.spec.nondeterministic)
+        finally:
+            try:
+                trial.close()
+            except Exception as error:
+                self._blame("close", error)
+        self.terms = self._layout.terms
+        self.observation_dims = self._layout.dims
+        self.action_low, self.action_high = self._map.low, self._map.high
+        self.action_dim = len(self.action_low)
 
     def reset(self) -> Observation:
         """Start an episode in every environment; the first call plants the seeds, later ones continue their streams."""
@@ -198,18 +209,17 @@ class GymnasiumEnv:
         """End the processes and free the environments; calling it twice is harmless."""
         if self._env is None:
             return
-        env, self._env = self._env, None
         try:
             if self._is_async and self._actions is not None:
                 with suppress(Exception):  # nobody waits for this step any more
-                    env.step_wait()
-            env.close()
+                    self._env.step_wait()
+            self._env.close()
         except Exception as error:
-            self._kill_workers()
-            env.closed = True
-            if not self._broken:
+            self._give_up_workers()
+            if not self._broken:  # else it was told
                 self._blame("close", error)
         finally:
+            self._env = None
             atexit.unregister(self._kill_workers)
 
     def _final(self, final_obs: Array, done: NDArray[np.bool_]) -> Observation:
@@ -231,7 +241,8 @@ class GymnasiumEnv:
         self._broken = True
         self._actions = None
         place = raised_at(error)
-        if self._is_async and isinstance(error, (EOFError, ConnectionError)):
+        if self._workers and isinstance(error, (EOFError, ConnectionError)):
+            self._give_up_workers()
             happened = f"a process of {self._name} died in {call}()"
         elif place:
             happened = f"{self._name} raised {in_words(error)} in {call}() at {place}"
@@ -243,6 +254,11 @@ class GymnasiumEnv:
         raise EnvironmentContractError(
             f"{happened}; mend the environment, and look at it alone with {self._checker}"
         ) from error
+
+    def _give_up_workers(self) -> None:
+        """End the processes, if there are any, without their help; gymnasium need not try."""
+        self._kill_workers()
+        self._env.closed = True
 
     def _open(self) -> _Vector:
         if self._env is None:
@@ -297,7 +313,7 @@ def _async_vector_env() -> type:
 def raised_at(error: BaseException) -> str:
     """``file:line`` where an environment raised ``error``; empty if no code but gymnasium's and ours took part."""
     frames = _FRAME.findall("".join(traceback.format_exception(error)))
-    own = [(file, line) for file, line in frames if file != __file__ and not _NOT_THE_ENVIRONMENT.search(file)]
+    own = [(file, line) for file, line in frames if not _NOT_THE_ENVIRONMENT.search(file)]
     return ":".join(own[-1]) if own else ""
 
 

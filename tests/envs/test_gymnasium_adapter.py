@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -16,7 +18,7 @@ import pytest
 from gymnasium import spaces
 
 from rlplastic.envs.base import AutoresetMode, VectorEnv, step
-from rlplastic.envs.gymnasium_adapter import GymnasiumEnv
+from rlplastic.envs.gymnasium_adapter import GymnasiumEnv, _without_deprecations
 from rlplastic.errors import ConfigurationError, EnvironmentContractError, NonFiniteError
 
 Factory = Callable[..., Callable[[], Any]]
@@ -242,6 +244,13 @@ def test_environments_outside_the_contract_are_refused_with_their_space(counting
         env.observation_space = spaces.Box(0, 1, (4, 4))
         return env
 
+    def without_a_space() -> Any:
+        env = counting_env()()
+        del env.observation_space
+        return env
+
+    with pytest.raises(EnvironmentContractError, match="is None; expected a floating-point Box"):
+        GymnasiumEnv.from_factory(without_a_space, 1, [0])
     with pytest.raises(EnvironmentContractError, match="bounded Box"):
         GymnasiumEnv.from_factory(unbounded, 1, [0])
     with pytest.raises(EnvironmentContractError, match="at most 1 axis"):
@@ -261,3 +270,150 @@ def test_wrong_names_and_options_say_what_was_meant() -> None:
         GymnasiumEnv("Pendulum-v1", 1, [0], vectorization="asynch")
     with pytest.raises(ConfigurationError, match="seeds"):
         GymnasiumEnv("Pendulum-v1", 2, [0])
+
+
+FAULTY = """
+import gymnasium, numpy as np, os, time
+
+class Faulty(gymnasium.Env):
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,))
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, fault):
+        self.fault, self.count = fault, 0
+        if fault == "made":
+            raise KeyError("asset")
+
+    def reset(self, *, seed=None, options=None):
+        if self.fault == "reset":
+            raise RuntimeError("100% wrong")
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.count += 1
+        if self.count == 3:
+            if self.fault == "step":
+                raise ValueError("torque %d" % 7)
+            if self.fault == "numpy":
+                np.stack([np.zeros(2), np.zeros(3)])
+            if self.fault == "shape":
+                return np.zeros(3, np.float32), 0.0, False, False, {}
+            if self.fault == "tuple":
+                return np.zeros(2, np.float32), 0.0, False, {}
+            if self.fault == "death":
+                os._exit(3)
+        return np.zeros(2, np.float32), 0.0, False, False, {}
+
+    def close(self):
+        if self.fault == "close":
+            raise OSError("robot unplugged")
+
+gymnasium.register("Faulty-v0", "faulty_tasks:Faulty")
+gymnasium.register("Mended-v0", Faulty)
+"""
+
+
+@pytest.fixture
+def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., GymnasiumEnv]]:
+    """Makes the module `faulty_tasks`; `faulty(fault, vectorization)` builds two of its environments."""
+    (tmp_path / "faulty_tasks.py").write_text(FAULTY)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield lambda fault, vectorization="sync": GymnasiumEnv(
+        "faulty_tasks:Faulty-v0", 2, [0, 1], vectorization, kwargs={"fault": fault}
+    )
+    sys.modules.pop("faulty_tasks", None)
+    for name in ("Faulty-v0", "Mended-v0"):
+        gymnasium.registry.pop(name, None)
+
+
+def line_of(text: str) -> int:
+    return next(number for number, line in enumerate(FAULTY.split("\n"), 1) if text in line)
+
+
+def play(envs: GymnasiumEnv) -> None:
+    envs.reset()
+    for _ in range(5):
+        step(envs, np.zeros((2, 1), np.float32))
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("step", rf"raised ValueError: torque 7 in step\(\) at .*faulty_tasks\.py:{line_of('torque')};"),
+        ("reset", rf"raised RuntimeError: 100% wrong in reset\(\) at .*faulty_tasks\.py:{line_of('100%')};"),
+        ("numpy", rf"raised ValueError: all input .* in step\(\) at .*faulty_tasks\.py:{line_of('np.stack')};"),
+        ("shape", r"what .*Faulty-v0 returned from step\(\) was refused with ValueError: .* in Box\(.*\(2,\)"),
+        ("tuple", r"what .*Faulty-v0 returned from step\(\) was refused with ValueError: not enough values"),
+    ],
+)
+def test_what_an_environment_does_wrong_is_one_sentence_with_the_place_and_what_to_do(
+    fault: str, told: str, vectorization: str, faulty: Callable[..., GymnasiumEnv]
+) -> None:
+    envs = faulty(fault, vectorization)
+    with warnings.catch_warnings(), pytest.raises(EnvironmentContractError, match=told) as caught:
+        warnings.simplefilter("error")  # gymnasium prints the workers' tracebacks as warnings
+        play(envs)
+    assert "\n" not in str(caught.value)
+    assert "python -m rlplastic.envs.checker env=gymnasium task=faulty_tasks:Faulty-v0" in str(caught.value)
+    envs.close()
+    assert not any(worker.is_alive() for worker in envs._workers)
+
+
+def test_a_process_that_dies_is_told_and_the_others_are_ended(faulty: Callable[..., GymnasiumEnv]) -> None:
+    envs = faulty("death", "async")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(EnvironmentContractError, match=r"a process of .*Faulty-v0 died in step\(\)"):
+            play(envs)
+        envs.close()
+    for worker in envs._workers:
+        worker.join(10)
+        assert not worker.is_alive()
+
+
+def test_an_environment_that_cannot_be_closed_says_so_once(faulty: Callable[..., GymnasiumEnv]) -> None:
+    told = r"raised OSError: robot unplugged in close\(\)"
+    with pytest.raises(EnvironmentContractError, match=told):
+        faulty("close")  # the copy that is tried first
+    envs = faulty("")
+    envs._env.envs[0].unwrapped.fault = "close"
+    with pytest.raises(EnvironmentContractError, match=told):
+        envs.close()
+    envs.close()
+
+
+def test_a_constructor_that_raises_is_named_with_its_line(faulty: Callable[..., GymnasiumEnv]) -> None:
+    with pytest.raises(EnvironmentContractError, match=rf"KeyError: 'asset' while .*_tasks\.py:{line_of('asset')};"):
+        faulty("made")
+
+
+def test_an_unknown_id_of_a_module_is_answered_with_that_modules_ids(faulty: Callable[..., GymnasiumEnv]) -> None:
+    faulty("").close()
+    with pytest.raises(ConfigurationError, match="valid names: faulty_tasks:Faulty-v0, faulty_tasks:Mended-v0"):
+        GymnasiumEnv("faulty_tasks:Nope-v0", 1, [0])
+    with pytest.raises(ConfigurationError, match="mean 'faulty_tasks:Mended-v0'"):
+        GymnasiumEnv("faulty_tasks:Mendd-v0", 1, [0])
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_an_older_task_is_made_without_a_word_and_without_a_log_file(tmp_path: Path, vectorization: str) -> None:
+    program = (
+        "from rlplastic.envs.gymnasium_adapter import GymnasiumEnv; "
+        f"envs = GymnasiumEnv('HalfCheetah-v4', 2, [0, 1], '{vectorization}'); envs.reset(); envs.close()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_what_is_deprecated_is_kept_from_the_user(capsys: pytest.CaptureFixture[str]) -> None:
+    import mujoco
+
+    before = mujoco.get_mju_user_warning()
+    with _without_deprecations(gymnasium.spec("HalfCheetah-v5")):
+        warn = mujoco.get_mju_user_warning()
+        warn("compiler attribute 'settotalmass' is deprecated")
+        warn("the mass matrix is singular")
+    assert capsys.readouterr().err == "WARNING: the mass matrix is singular\n"
+    assert mujoco.get_mju_user_warning() is before
