@@ -4,8 +4,8 @@
     python -m rlplastic.envs.checker env=g1 num_envs=8 steps=1500
     python -m rlplastic.envs.checker task=Pendulum-v1 backend=gymnasium autoreset=disabled
 
-Prints one line per check and leaves with 0 if none failed, 2 otherwise. For an environment of your own call `check`
-with a function that builds it from a list of seeds.
+Prints one line per check and leaves with 0 if none failed, 2 otherwise, 130 if interrupted. For an environment of your
+own call `check` with a function that builds it from a list of seeds.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rlplastic.command_line import run_verb
 from rlplastic.envs.base import ActionMap, AutoresetMode, Observation, Step, VectorEnv
 from rlplastic.envs.episodes import EpisodeStatistics, FinishedEpisodes
 from rlplastic.envs.gymnasium_adapter import in_words, raised_at
@@ -443,24 +444,27 @@ def _configuration(arguments: Sequence[str]) -> tuple[EnvConfig, dict[str, int]]
     return config, numbers
 
 
-def main(arguments: Sequence[str]) -> int:
-    """The command; returns the exit code."""
+def main(arguments: Sequence[str]) -> None:
+    """The command.
+
+    Raises:
+        ConfigurationError: the arguments name no environment that can be built.
+        EnvironmentContractError: a check failed.
+    """
     from rich.console import Console
 
     from rlplastic.envs import build_envs
 
     if any(argument in ("-h", "--help") for argument in arguments):
         print("usage: python -m rlplastic.envs.checker env=<short name> | task=<name> [family=…] [backend=gymnasium] …")
-        return 0
-    try:
-        config, numbers = _configuration(arguments)
-        report = check(partial(build_envs, config), numbers["num_envs"], numbers["steps"] or None, numbers["seed"])
-    except RlplasticError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return
+    config, numbers = _configuration(arguments)
+    report = check(partial(build_envs, config), numbers["num_envs"], numbers["steps"] or None, numbers["seed"])
     Console().print(report.table())
-    return 0 if report.passed else ConfigurationError.exit_code
+    if not report.passed:
+        failed = ", ".join(finding.name for finding in report.findings if finding.status == "fail")
+        raise EnvironmentContractError(f"{config.task} breaks the contract ({failed}); the table says what to mend")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_verb(main, sys.argv[1:]))

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from rlplastic.command_line import run_verb
 from rlplastic.envs import checker
 from rlplastic.envs.base import AutoresetMode, Observation, Step, check_actions
 from rlplastic.envs.checker import check
@@ -164,6 +170,11 @@ def test_every_breach_is_caught_by_the_check_named_for_it(fault: str, mode: str,
     assert report.status(name) == "fail", report.findings
 
 
+def test_noise_that_ignores_the_seed_is_no_fault_of_the_autoreset() -> None:
+    report = check(lambda seeds: ToyEnv(seeds, fault="global noise"), steps=60)
+    assert [finding.name for finding in report.findings if finding.status == "fail"] == ["determinism"]
+
+
 def test_what_cannot_be_judged_is_skipped_not_failed() -> None:
     report = check(lambda seeds: ToyEnv(seeds, fault="honest"), steps=60)
     assert report.passed and report.status("determinism") == "skip"
@@ -185,14 +196,40 @@ def test_an_exception_while_stepping_is_reported_not_raised() -> None:
 def test_the_command_prints_a_table_and_leaves_with_0_or_2(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert checker.main(["env=pendulum", "num_envs=2", "threads=1"]) == 0
+    assert run_verb(checker.main, ["env=pendulum", "num_envs=2", "threads=1"]) == 0
     shown = capsys.readouterr().out
     assert "Pendulum-v1" in shown and "pass" in shown and "fail" not in shown
-    assert checker.main(["task=Pendulum-v1", "backend=gymnasium", "autoreset=disabled", "num_envs=2"]) == 0
+    assert run_verb(checker.main, ["task=Pendulum-v1", "backend=gymnasium", "autoreset=disabled", "num_envs=2"]) == 0
     assert "same_step" in capsys.readouterr().out
     monkeypatch.setattr("rlplastic.envs.build_envs", lambda config, seeds: ToyEnv(seeds, fault="stale reward"))
-    assert checker.main(["env=pendulum", "steps=60"]) == 2
-    assert "fail" in capsys.readouterr().out
+    assert run_verb(checker.main, ["env=pendulum", "steps=60"]) == 2
+    captured = capsys.readouterr()
+    assert "fail" in captured.out
+    assert captured.err == "error: Pendulum-v1 breaks the contract (autoreset); the table says what to mend\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_command_with_one_sentence_and_exit_code_130(number: signal.Signals, tmp_path: Path) -> None:
+    (tmp_path / "slow_tasks.py").write_text(
+        "import gymnasium, time\n"
+        "class Slow(gymnasium.Env):\n"
+        "    observation_space = action_space = gymnasium.spaces.Box(-1, 1, (1,))\n"
+        "    def reset(self, *, seed=None, options=None):\n"
+        "        print('started', flush=True)\n"
+        "        time.sleep(60)\n"
+        "gymnasium.register('Slow-v0', Slow)\n"
+    )
+    command = [sys.executable, "-m", "rlplastic.envs.checker", "env=gymnasium", "task=slow_tasks:Slow-v0"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "started\n"
+        process.send_signal(number)
+        told = process.stderr.read()
+    assert process.returncode == 130
+    assert told.startswith("error: interrupted") and len(told.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -212,6 +249,6 @@ def test_the_command_prints_a_table_and_leaves_with_0_or_2(
 def test_a_wrong_argument_gives_one_sentence_and_exit_code_2(
     arguments: list[str], hint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert checker.main(arguments) == 2
+    assert run_verb(checker.main, arguments) == 2
     captured = capsys.readouterr()
     assert hint in captured.err and len(captured.err.splitlines()) == 1 and not captured.out
