@@ -61,6 +61,8 @@ class Grid:
     seeds: list[int] = MISSING
     question: str = ""
     """What the grid is run to find out; opens the summary."""
+    note: str = ""
+    """What came out different than the settings say, or else has to be known beside the numbers; in the summary."""
     common: list[str] = field(default_factory=list)
     """Overrides of every run; those of the task, then those of the arm follow and win."""
     jobs: int = 1
@@ -413,7 +415,9 @@ def publish(grid: Grid, path: Path, runs: list[Run], reasons: dict[str, str], co
     rows.sort(key=lambda row: (*order[row.name], row.seed))
     command = f"python benchmarks/grid.py {shown(path)}"
     picture = grid_results.plot(directory, grid.name, grid.x, rows)
-    summary = grid_results.summarise(directory, grid.name, grid.question, command, grid.columns, rows, missing)
+    summary = grid_results.summarise(
+        directory, grid.name, grid.question, grid.note, command, grid.columns, rows, missing
+    )
     console.print(
         f"{len(runs) - len(missing)} of {len(runs)} runs finished; wrote {shown(summary)} and {shown(picture)}"
     )

@@ -22,7 +22,11 @@ from pathlib import Path
 from typing import NamedTuple, get_type_hints
 
 import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 from numpy.typing import NDArray
 from scipy.special import stdtrit
@@ -38,6 +42,10 @@ AXES = {"step": "environment transitions", "updates": "critic updates"}
 """Columns of ``eval.csv`` that may be a plot's horizontal axis."""
 LETTERS_PER_INCH = 11.0
 """Of a plot's heading in matplotlib's default font, with some to spare for wide letters."""
+
+
+Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Values of the horizontal axis (n,), rising, and evaluation returns (n,)."""
 
 
 class Result(NamedTuple):
@@ -107,16 +115,33 @@ def versions() -> str:
     return ", ".join(found)
 
 
+def _git(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
+
+
 def commit() -> str:
-    """The checkout's commit, with ``+changes`` when the package differs from it."""
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    """The checkout's commit, marked where a reader could not check out what ran.
+
+    ``+uncommitted``: code, pinned versions or a grid's own scripts differ from it. ``+unreferenced``: no branch and no
+    tag holds it.
+    """
+    head = _git("rev-parse", "--short=12", "HEAD")
     if head.returncode:
         return "unknown"
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "--", "rlplastic"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return head.stdout.strip() + ("+changes" if changed else "")
+    # Not everything: a grid's results lie in the tree, too. In a pathspec * matches folders as well.
+    code = ("rlplastic", "benchmarks/*.py", "pyproject.toml", "constraints.txt")
+    changed = _git("status", "--porcelain", "--untracked-files=all", "--", *code).stdout.strip()
+    held = _git("for-each-ref", "--count=1", "--contains", "HEAD").stdout.strip()
+    return head.stdout.strip() + ("+uncommitted" if changed else "") + ("" if held else "+unreferenced")
+
+
+def traced(recorded: str) -> str:
+    """A commit as a summary tells it: with a remark if it is none of those that lead to the present one."""
+    name = recorded.partition("+")[0]
+    if name == "unknown" or _git("rev-parse", "HEAD").returncode:
+        return recorded
+    known = _git("merge-base", "--is-ancestor", name, "HEAD").returncode == 0
+    return recorded if known else f"{recorded} (not in this history)"
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -207,51 +232,105 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def mean_curve(curves: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]]) -> NDArray[np.float64]:
+def mean_curve(curves: Sequence[Curve]) -> NDArray[np.float64]:
     """Columns x, mean and half-width (3, n) of several (x, y) curves.
 
-    Runs stopped by time are evaluated at different x: each curve is interpolated linearly at all x that lie in the
-    range every curve covers.
+    Runs stopped by time are evaluated at different x: each curve is interpolated linearly at all x from the last of
+    the first points on. A curve that ends earlier than others holds its last value, so that the mean ends with that of
+    the final evaluations.
     """
-    low, high = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
+    low = max(x[0] for x, _ in curves)
     grid = np.unique(np.concatenate([x for x, _ in curves]))
-    grid = grid[(grid >= low) & (grid <= high)]
+    grid = grid[grid >= low]
     columns = [interval([float(np.interp(x, *curve)) for curve in curves]) for x in grid]
     return np.vstack([grid, np.array(columns).reshape(-1, 2).T])
+
+
+def random_policy(directory: Path) -> dict[str, tuple[float, float, float]]:
+    """Mean return and its 95 % interval by task, of ``random_policy.csv`` beside the results; empty without the file.
+
+    Raises:
+        ConfigurationError: the file has other columns than `random_policy.py` writes.
+    """
+    path = directory / "random_policy.csv"
+    if not path.exists():
+        return {}
+    columns = ("return_mean", "return_ci95_low", "return_ci95_high")
+    with path.open(encoding="utf-8", newline="") as file:
+        table = csv.DictReader(file)
+        if not {"task", *columns} <= set(table.fieldnames or ()):
+            raise ConfigurationError(
+                f"{path} has the columns {table.fieldnames}, expected task, {', '.join(columns)}: make it with "
+                "benchmarks/random_policy.py"
+            )
+        return {row["task"]: (float(row[columns[0]]), float(row[columns[1]]), float(row[columns[2]])) for row in table}
+
+
+def _draw_arm(panel: Axes, colour: str, label: str, curves: Sequence[Curve]) -> list[NDArray[np.float64]]:
+    """The mean of an arm's runs, dotted once one of them has ended, its band, and the runs; returns what to show."""
+    x, mean, half_width = mean_curve(curves)
+    panel.fill_between(x, mean - half_width, mean + half_width, color=colour, alpha=0.15, linewidth=0)
+    for curve in curves if len(curves) > 1 else ():
+        panel.plot(*curve, color=colour, linewidth=0.6, alpha=0.6)
+    all_run = x <= min(steps[-1] for steps, _ in curves)
+    marker = "." if len(x) < 15 else ""
+    panel.plot(x[all_run], mean[all_run], color=colour, label=label, marker=marker)
+    last = int(all_run.sum()) - 1
+    if 0 <= last < len(x) - 1:
+        panel.plot(x[last:], mean[last:], color=colour, linestyle=":", linewidth=2)
+    return [mean, *(returns for _, returns in curves)]
+
+
+def _draw_random(panel: Axes, mean: float, low: float, high: float) -> NDArray[np.float64]:
+    panel.axhspan(low, high, color="grey", alpha=0.25, linewidth=0)
+    panel.axhline(mean, color="grey", linestyle="--", linewidth=1, label="random policy, 95 % interval")
+    return np.array([mean])
+
+
+def _explain(figure: Figure, columns: int, several: bool, held: bool) -> None:
+    """One legend for what the panels share, in black: the colours are the arms'."""
+    entries: list[Artist] = [Line2D([], [], color="black", label="mean over seeds")]
+    if held:
+        what = "mean once a run has ended (it counts with its last value)"
+        entries.append(Line2D([], [], color="black", linestyle=":", linewidth=2, label=what))
+    if several:
+        entries.append(Line2D([], [], color="black", linewidth=0.6, alpha=0.6, label="each seed"))
+        what = "95 % t interval of the mean (may go on beyond the panel)"
+        entries.append(Patch(color="black", alpha=0.15, label=what))
+    figure.legend(handles=entries, loc="outside lower center", ncols=min(columns, 2), fontsize="small", frameon=False)
 
 
 def plot(directory: Path, title: str, axis: str, results: Iterable[Result]) -> Path:
     """Draw ``curves.png``: a panel per task, and per arm its mean, its seeds' own curves, and a band with several.
 
-    The band never sets the vertical axis: with two seeds t is 12.7, and the curves would be flat lines inside it.
+    The band never sets the vertical axis: with two seeds t is 12.7, and the curves would be flat lines inside it. The
+    tasks of a ``random_policy.csv`` beside it get that policy's mean and interval as the floor.
     """
     complete = [result for result in results if result.complete]
     tasks = list(dict.fromkeys(result.task for result in complete)) or ["no run has finished"]
     arms = list(dict.fromkeys(result.arm for result in complete))
+    floor = random_policy(directory)
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)
     width = 4.8 * columns + 0.4
-    figure = Figure(figsize=(width, 3.6 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(width, 3.6 * rows + 0.9), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    several = held = False
     for panel in panels[len(tasks) :]:
         panel.remove()
     for panel, task in zip(panels, tasks, strict=False):
         shown: list[NDArray[np.float64]] = []
         for arm in arms:
-            curves = []
-            for result in (r for r in complete if (r.task, r.arm) == (task, arm)):
-                table = read_table(directory / "curves" / f"{result.name}.csv")
-                if table:
-                    curves.append((table[axis], table["return_mean"]))
+            named = [r.name for r in complete if (r.task, r.arm) == (task, arm)]
+            tables = [table for name in named if (table := read_table(directory / "curves" / f"{name}.csv"))]
+            curves = [(table[axis], table["return_mean"]) for table in tables]
             if curves:
-                colour = COLOURS[arms.index(arm) % len(COLOURS)]
-                x, mean, half_width = mean_curve(curves)
-                count = f"{len(curves)} seeds" if len(curves) > 1 else "1 seed"
-                panel.plot(x, mean, color=colour, label=f"{arm} ({count})", marker="." if len(x) < 15 else "")
-                panel.fill_between(x, mean - half_width, mean + half_width, color=colour, alpha=0.2, linewidth=0)
-                for curve in curves if len(curves) > 1 else ():
-                    panel.plot(*curve, color=colour, linewidth=0.6, alpha=0.6)
-                shown += [mean, *(returns for _, returns in curves)]
+                label = f"{arm} ({len(curves)} seeds)" if len(curves) > 1 else f"{arm} (1 seed)"
+                shown += _draw_arm(panel, COLOURS[arms.index(arm) % len(COLOURS)], label, curves)
+                several |= len(curves) > 1
+                held |= len({float(x[-1]) for x, _ in curves}) > 1
+        if shown and task in floor:
+            shown.append(_draw_random(panel, *floor[task]))
         if shown:
             low, high = float(np.min(np.concatenate(shown))), float(np.max(np.concatenate(shown)))
             margin = 0.05 * (high - low) or 1.0
@@ -263,9 +342,8 @@ def plot(directory: Path, title: str, axis: str, results: Iterable[Result]) -> P
             panel.legend(fontsize="small")
     for row in range(rows):
         panels[row * columns].set_ylabel("evaluation return")
-    sentences = (title, "mean over seeds, each seed (thin), 95 % t interval (band)")
-    heading = [line for sentence in sentences for line in textwrap.wrap(sentence, int(width * LETTERS_PER_INCH))]
-    figure.suptitle("\n".join(heading), fontsize="medium")
+    figure.suptitle("\n".join(textwrap.wrap(title, int(width * LETTERS_PER_INCH))), fontsize="medium")
+    _explain(figure, columns, several, held)
     path = directory / "curves.png"
     figure.savefig(path, dpi=120)
     return path
@@ -299,6 +377,7 @@ def summarise(
     directory: Path,
     title: str,
     question: str,
+    note: str,
     command: str,
     columns: Sequence[str],
     results: Sequence[Result],
@@ -310,6 +389,7 @@ def summarise(
         directory: the grid's folder.
         title: the grid's name.
         question: what the grid was run to find out.
+        note: what a reader of the numbers has to know beside them.
         command: the command line that makes all of it.
         columns: what to tabulate, of `COLUMNS`.
         results: rows of the grid in its own order, failed ones too.
@@ -321,7 +401,9 @@ def summarise(
     seeds = sorted({result.seed for result in complete})
     facts = {"seeds": [", ".join(map(str, seeds))], "runs at a time": [str(result.jobs) for result in complete]}
     facts |= {fact: [getattr(result, fact) for result in complete] for fact in ("machine", "versions", "commit")}
+    facts["commit"] = [traced(commit) for commit in dict.fromkeys(facts["commit"])]
     lines += [f"- {fact}: {'; '.join(dict.fromkeys(values)) or 'none'}" for fact, values in facts.items()]
+    lines += ["", f"Note: {note.strip()}"] if note.strip() else []
     lines += ["", "![learning curves](curves.png)", *_tables(columns, complete)]
     first = {(result.task, result.arm): result.command for result in reversed(complete)}
     lines += ["", "## Commands", "", "The first seed of each arm; the others differ in `seed` and `name`.", "", "```"]

@@ -21,6 +21,8 @@ import pytest
 import yaml
 from scipy.stats import t as student_t
 
+from rlplastic.errors import ConfigurationError
+
 ROOT = Path(__file__).resolve().parents[1]
 
 TRAINER = """
@@ -298,8 +300,8 @@ def test_mean_curve_and_interval_agree_with_the_closed_form(grid: ModuleType) ->
     first = (np.array([0.0, 10.0, 20.0]), np.array([0.0, 10.0, 20.0]))
     second = (np.array([5.0, 15.0, 30.0]), np.array([1.0, 3.0, 6.0]))
     x, mean_curve, _ = results.mean_curve([first, second])
-    assert x.tolist() == [5, 10, 15, 20]
-    assert mean_curve == pytest.approx([3.0, 6.0, 9.0, 12.0])
+    assert x.tolist() == [5, 10, 15, 20, 30]
+    assert mean_curve == pytest.approx([3.0, 6.0, 9.0, 12.0, 13.0])  # the first curve holds its 20 from step 20 on
     assert results.curve_area(np.array([0.0, 1.0, 4.0]), np.array([0.0, 2.0, 2.0])) == pytest.approx(7 / 4)
 
 
@@ -316,9 +318,12 @@ def test_wall_seconds_add_up_over_attempts_and_train_seconds_already_have(grid: 
     assert seconds(tmp_path, "train_seconds") == 0
 
 
-def test_plot_shows_the_curves_and_its_whole_heading_whatever_the_width_of_the_band(
-    grid: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+Draw = Callable[..., Any]
+
+
+@pytest.fixture
+def draw(grid: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Draw:
+    """Plots runs of the task hopper, given as {seed: (steps, returns)}, and returns the figure."""
     results = grid.grid_results
     figures = []
     save = results.Figure.savefig
@@ -329,17 +334,124 @@ def test_plot_shows_the_curves_and_its_whole_heading_whatever_the_width_of_the_b
 
     monkeypatch.setattr(results.Figure, "savefig", spy)
     (tmp_path / "curves").mkdir()
-    rows = []
-    for seed, scale in enumerate((1.0, 2.0)):
-        row = dict.fromkeys(results.Result._fields, 0.0) | {"task": "hopper", "arm": "flat", "seed": seed}
-        rows.append(results.Result(**row))
-        lines = [f"{100 * step},{scale * step}" for step in range(11)]
-        (tmp_path / "curves" / f"hopper__flat__{seed}.csv").write_text("\n".join(["step,return_mean", *lines, ""]))
-    results.plot(tmp_path, "A grid with a name that is far too long for a figure of a single panel", "step", rows)
-    [figure] = figures
+
+    def draw(title: str, curves: dict[int, tuple[list[float], list[float]]]) -> Any:
+        rows = []
+        for seed, points in curves.items():
+            row = dict.fromkeys(results.Result._fields, 0.0) | {"task": "hopper", "arm": "flat", "seed": seed}
+            rows.append(results.Result(**row))
+            lines = [f"{step},{value}" for step, value in zip(*points, strict=True)]
+            (tmp_path / "curves" / f"hopper__flat__{seed}.csv").write_text("\n".join(["step,return_mean", *lines, ""]))
+        results.plot(tmp_path, title, "step", rows)
+        return figures[-1]
+
+    return draw
+
+
+STEPS = [100.0 * index for index in range(11)]
+
+
+def line(seed: int) -> tuple[list[float], list[float]]:
+    return STEPS, [(seed + 1.0) * index for index in range(11)]
+
+
+def explained(figure: Any) -> list[str]:
+    [legend] = figure.legends
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def test_plot_shows_the_curves_and_its_whole_heading_whatever_the_width_of_the_band(draw: Draw) -> None:
+    figure = draw("A grid with a name that is far too long for a figure of a single panel", {0: line(0), 1: line(1)})
     [panel] = figure.axes
     assert panel.get_ylim() == pytest.approx((-1.0, 21.0))  # the band at the end is 15 +- 63.5
     assert len(panel.lines) == 3
-    heading = figure._suptitle.get_window_extent()
-    assert heading.x0 >= 0 and heading.x1 <= figure.bbox.width
+    assert all(band.get_clip_on() for band in panel.collections)
+    legend = figure.legends[0].get_window_extent()
+    for box in (figure._suptitle.get_window_extent(), legend):
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.width
     assert "far too long" in figure._suptitle.get_text().replace("\n", " ")
+    assert explained(figure) == [
+        "mean over seeds",
+        "each seed",
+        "95 % t interval of the mean (may go on beyond the panel)",
+    ]
+
+
+def test_the_mean_goes_on_to_the_end_of_the_longest_run_and_says_where_one_has_ended(draw: Draw) -> None:
+    figure = draw("Two lengths", {0: line(0), 1: ([0.0, 100.0, 500.0], [0.0, 2.0, 4.0])})
+    [panel] = figure.axes
+    [dotted] = [curve for curve in panel.lines if curve.get_linestyle() == ":"]
+    assert dotted.get_xdata().tolist() == [500.0, 600.0, 700.0, 800.0, 900.0, 1000.0]
+    assert dotted.get_ydata() == pytest.approx([4.5, 5.0, 5.5, 6.0, 6.5, 7.0])
+    assert "mean once a run has ended (it counts with its last value)" in explained(figure)
+
+
+def test_a_random_policy_beside_the_results_is_drawn_as_the_floor(draw: Draw, tmp_path: Path) -> None:
+    figure = draw("No floor", {0: line(0)})
+    assert explained(figure) == ["mean over seeds"]
+    table = "task,episodes,return_mean,return_ci95_low,return_ci95_high,length_mean\nhopper,20,-10,-12,-8,5\n"
+    (tmp_path / "random_policy.csv").write_text(table)
+    [panel] = draw("Floor", {0: line(0)}).axes
+    [floor] = [curve for curve in panel.lines if "random" in str(curve.get_label())]
+    assert (floor.get_linestyle(), floor.get_color(), list(floor.get_ydata())) == ("--", "grey", [-10, -10])
+    assert panel.get_ylim() == pytest.approx((-11.0, 11.0))  # the mean is in the picture, its interval may be cut
+    [area] = panel.patches
+    assert area.get_extents().transformed(panel.transData.inverted()).intervaly == pytest.approx([-12, -8])
+    assert "random policy, 95 % interval" in [text.get_text() for text in panel.get_legend().get_texts()]
+
+
+def test_a_random_policy_with_other_columns_is_refused(grid: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "random_policy.csv").write_text("task,score\nhopper,1\n")
+    with pytest.raises(ConfigurationError, match=r"random_policy\.py"):
+        grid.grid_results.random_policy(tmp_path)
+
+
+def test_a_commit_that_a_reader_may_not_find_is_marked(
+    grid: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = grid.grid_results
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+
+    def git(*words: str) -> str:
+        identity = ["-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "init.defaultBranch=main"]
+        done = subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    def committed(text: str) -> str:
+        (tmp_path / "rlplastic" / "loop.py").write_text(text)
+        git("add", "."), git("commit", "-m", text)
+        return git("rev-parse", "--short=12", "HEAD")
+
+    assert results.commit() == "unknown" and results.traced("abc") == "abc"
+    (tmp_path / "rlplastic").mkdir()
+    git("init")
+    first = committed("first")
+    assert results.commit() == first
+    (tmp_path / "benchmarks" / "slopes").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "slopes" / "results.csv").write_text("what the grid itself writes")
+    assert results.commit() == first
+    (tmp_path / "benchmarks" / "slopes" / "train.py").write_text("a trainer of the grid's own")
+    assert results.commit() == f"{first}+uncommitted"
+    (tmp_path / "benchmarks" / "slopes" / "train.py").unlink()
+    (tmp_path / "rlplastic" / "loop.py").write_text("changed")
+    assert results.commit() == f"{first}+uncommitted"
+    git("checkout", "--detach")
+    second = committed("second")
+    assert results.commit() == f"{second}+unreferenced"
+    assert [results.traced(each) for each in (first, second, "unknown")] == [first, second, "unknown"]
+    git("checkout", "main")
+    assert results.traced(first) == first and results.traced(f"{first}+uncommitted") == f"{first}+uncommitted"
+    assert results.traced(second) == f"{second} (not in this history)"
+    assert results.traced("2f71d666ba0f") == "2f71d666ba0f (not in this history)"
+
+
+def test_the_note_and_untraceable_commits_are_in_the_summary(write_grid: Writer, grid: ModuleType) -> None:
+    path = write_grid(tasks={"hopper": []}, arms={"flat": ["slope=1"]}, seeds=[0], note="Seed 0 shared the machine.")
+    assert run_grid(path).returncode == 0
+    table = path.parent / "results.csv"
+    recorded = rows(path)["hopper__flat__0"]["commit"]
+    table.write_text(table.read_text().replace(f",{recorded},", ",0123456789ab,"))
+    assert grid.main([str(path), "--plot-only"]) == 0
+    summary = (path.parent / "summary.md").read_text()
+    assert "- commit: 0123456789ab (not in this history)\n\nNote: Seed 0 shared the machine.\n" in summary
