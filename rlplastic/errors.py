@@ -51,7 +51,7 @@ class LogWriteError(RlplasticError):
 
 
 class Interrupted(RlplasticError):
-    """SIGINT or SIGTERM arrived; the step was finished and the run saved; exit code 130."""
+    """SIGINT, SIGTERM or SIGHUP arrived; the step was finished and the run saved; exit code 130."""
 
     exit_code = 130
 

@@ -270,12 +270,12 @@ class GymnasiumEnv:
 
 @contextmanager
 def _stop_signals_held_back() -> Iterator[None]:
-    """Start worker processes that hear neither SIGINT nor SIGTERM, which a terminal or a scheduler sends to all.
+    """Start worker processes that hear no SIGINT, SIGTERM or SIGHUP, which a terminal or a scheduler sends to all.
 
     Only the trainer answers them, with the workers' help: it finishes the step and saves. Workers inherit the mask; a
     signal that reaches the trainer meanwhile is answered as soon as the workers stand.
     """
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:
         yield
     finally:

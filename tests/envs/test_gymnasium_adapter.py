@@ -157,7 +157,7 @@ def test_workers_survive_the_signals_that_stop_a_run_and_end_with_close(in_threa
     workers = envs._workers
     assert len(workers) == 3
     envs.reset()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         for worker in workers:
             assert worker.pid is not None
             os.kill(worker.pid, number)
@@ -186,7 +186,7 @@ def test_signal_that_arrives_while_workers_start_is_answered_afterwards(counting
     finally:
         signal.signal(signal.SIGTERM, previous)
     assert builds == [os.getpid()] * 2 and heard_while_building == [] and heard == [signal.SIGTERM]
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT, signal.SIGTERM}
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     envs.close()
 
 
