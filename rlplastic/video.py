@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from rlplastic.config import EnvConfig
 from rlplastic.envs import Observation, VectorEnv, make_envs, step
-from rlplastic.errors import ConfigurationError
+from rlplastic.errors import ConfigurationError, RlplasticError
 
 if TYPE_CHECKING:
     import gymnasium
@@ -37,6 +37,7 @@ _SECONDS_OF_CLASSIC = {"Pendulum-v1": 0.05, "MountainCarContinuous-v0": 1 / 30}
 
 Frame: TypeAlias = NDArray[np.uint8]
 _Context: TypeAlias = Any  # mujoco has no types for it
+_Simulation: TypeAlias = Any  # what a gymnasium task is underneath its wrappers
 _Options: TypeAlias = Any  # envpool generates the named tuple at run time
 
 
@@ -54,7 +55,7 @@ def record(
     Args:
         act: observation groups (1, dim) to actions (1, A) in [-1, 1].
         env: the task.
-        path: of the MP4 file; its folder is made, an existing file is replaced once the new one is whole.
+        path: of the MP4 file; its folder is made for a film, an existing file is replaced once the new one is whole.
         seed: of the environment; the first environment of an evaluation with this seed.
         max_steps: the film ends here if the episode does not.
         size: width and height in pixels, multiples of 16.
@@ -63,6 +64,7 @@ def record(
         None, or one line that says why there is no film.
     """
     unfinished = path.with_name(f".unfinished_{path.name}")
+    is_new = not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _camera(env, seed, size) as (envs, draw, seconds):
@@ -71,7 +73,11 @@ def record(
     except Exception as error:  # simulators, drivers and encoders fail in their own ways
         with suppress(OSError):
             unfinished.unlink()
-        return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        if is_new:
+            with suppress(OSError):
+                path.parent.rmdir()
+        kind = [] if isinstance(error, RlplasticError) else [type(error).__name__]
+        return " ".join(": ".join(filter(None, [*kind, str(error)])).split())[:300]
     return None
 
 
@@ -121,13 +127,14 @@ def _camera(env: EnvConfig, seed: int, size: tuple[int, int]) -> Iterator[tuple[
     width, height = size
     env = replace(env, vectorization="sync", autoreset="next_step")
     if env.backend == "gymnasium":
-        shape = {"width": width, "height": height} if env.family == "mujoco" else {}
-        env = replace(env, kwargs={**env.kwargs, "render_mode": "rgb_array", **shape})
+        _require_frames(env)
+        env = replace(env, kwargs={**env.kwargs, "render_mode": "rgb_array"})
     context = _context(size) if env.backend == "envpool" and env.family != "classic" else None
     # the adapters keep the simulator's own object, which alone can draw, in `_env` until they are closed
     envs: Any = make_envs(env, seed=seed, role="eval", num_envs=1)
     try:
         if env.backend == "gymnasium":
+            _aim(envs._env.envs[0].unwrapped, env.kwargs, size)
             yield envs, lambda: envs._env.render()[0], _gymnasium_seconds(envs._env.envs[0])
         else:
             first, camera = np.zeros(1, np.int32), _TRACKING_CAMERA.get(env.family, -1)
@@ -138,6 +145,43 @@ def _camera(env: EnvConfig, seed: int, size: tuple[int, int]) -> Iterator[tuple[
         envs.close()
         if context is not None:
             context.free()
+
+
+def _require_frames(env: EnvConfig) -> None:
+    """Refuse a gymnasium task that does not offer frames, before it is asked for them.
+
+    Raises:
+        ConfigurationError: ``rgb_array`` is not among its render modes.
+    """
+    from rlplastic.envs.gymnasium_adapter import make_env
+
+    one = make_env(env.task, {str(name): value for name, value in env.kwargs.items() if name != "render_mode"})
+    modes = list(one.metadata.get("render_modes") or ())
+    one.close()
+    if "rgb_array" not in modes:
+        raise ConfigurationError(
+            f"{env.task} has no render_mode rgb_array (its metadata['render_modes'] is {modes}); expected it there "
+            "and frames (height, width, 3) of uint8 from render()"
+        )
+
+
+def _aim(simulation: _Simulation, asked: Mapping[str, Any], size: tuple[int, int]) -> None:
+    """Have gymnasium's MuJoCo renderer follow the robot, where the model has a camera that does; its own stays behind.
+
+    What the task's options ask for (``width``, ``height``, ``camera_id``, ``camera_name``) is left as it is.
+    """
+    renderer = getattr(simulation, "mujoco_renderer", None)
+    if renderer is None:
+        return
+    import mujoco
+
+    view, modes = simulation.model.vis.global_, mujoco.mjtCamLight
+    renderer.width, renderer.height = asked.get("width", size[0]), asked.get("height", size[1])
+    view.offwidth, view.offheight = max(view.offwidth, renderer.width), max(view.offheight, renderer.height)
+    following = np.isin(simulation.model.cam_mode, [int(modes.mjCAMLIGHT_TRACK), int(modes.mjCAMLIGHT_TRACKCOM)])
+    chosen = any(getattr(simulation, name, None) is not None for name in ("camera_id", "camera_name"))
+    if following.any() and not chosen:
+        renderer.camera_id = int(np.argmax(following))
 
 
 def _context(size: tuple[int, int]) -> _Context:

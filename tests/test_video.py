@@ -5,18 +5,23 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import gymnasium
 import numpy as np
 import pytest
+from gymnasium.envs.registration import EnvSpec
 
 from rlplastic import video
 from rlplastic.config import EnvConfig
 from rlplastic.envs import catalogue
 from rlplastic.envs.base import AutoresetMode, Step
+from rlplastic.envs.gymnasium_adapter import make_env
 from rlplastic.video import record
 
 imageio = pytest.importorskip("imageio.v2")
@@ -157,15 +162,82 @@ def test_camera_follows_a_dm_control_robot(needs_opengl: None) -> None:
     assert np.abs(tracking.astype(int) - fixed.astype(int)).mean() > 1
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # gymnasium would rather see v5 than v4
+def robot(frame: np.ndarray) -> int:
+    """Pixels of the robot, which is brown where floor and sky are grey, green and blue."""
+    return int((frame[..., 0].astype(int) - frame[..., 2] > 40).sum())
+
+
+@pytest.mark.parametrize("family", ["mujoco", "gymnasium"])
+@pytest.mark.parametrize("task", ["HalfCheetah-v5", "Ant-v5"])
+def test_camera_follows_a_gymnasium_robot(needs_opengl: None, task: str, family: str) -> None:
+    import mujoco
+
+    env = EnvConfig(backend="gymnasium", family=family, task=task)
+    with video._camera(env, 0, (160, 128)) as (envs, draw, _):
+        envs.reset()
+        near = draw()
+        simulation = envs._env.envs[0].unwrapped  # type: ignore[attr-defined]
+        simulation.data.qpos[0] += 30  # as far as a policy that runs
+        mujoco.mj_forward(simulation.model, simulation.data)
+        far = draw()
+    assert near.shape == (128, 160, 3)
+    assert robot(near) > 300 and robot(far) > 0.8 * robot(near)
+
+
+def test_camera_and_size_that_the_options_name_are_kept(needs_opengl: None) -> None:
+    asked = {"camera_id": -1, "width": 96, "height": 64}
+    env = EnvConfig(backend="gymnasium", family="gymnasium", task="Ant-v5", kwargs=asked)
+    with video._camera(env, 0, (160, 128)) as (envs, draw, _):
+        envs.reset()
+        assert draw().shape == (64, 96, 3)
+        assert envs._env.envs[0].unwrapped.mujoco_renderer.camera_id == -1  # type: ignore[attr-defined]
+
+
+class Blind(gymnasium.Env[np.ndarray, np.ndarray]):
+    """Cannot be drawn."""
+
+    observation_space = action_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        return np.zeros(1, np.float32), {}
+
+
+class Promising(Blind):
+    """Says that it can be drawn."""
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        self.render_mode = render_mode
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (Blind, r"Blind-v0 has no render_mode rgb_array \(.* is \[\]\); expected"),
+        (Promising, "NotImplementedError$"),
+    ],
+)
+def test_task_without_frames_is_one_line_without_warning_or_folder(
+    tmp_path: Path, kind: type[Blind], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"{kind.__name__}-v0"
+    monkeypatch.setitem(gymnasium.registry, name, EnvSpec(name, kind))
+    env = EnvConfig(backend="gymnasium", family="gymnasium", task=name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reason = record(still(1), env, tmp_path / "videos" / "film.mp4", seed=0)
+    assert reason is not None and re.match(told, reason)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("task", catalogue.tasks("mujoco"))
 def test_seconds_per_step_of_gym_tasks_are_gymnasiums(task: str) -> None:
     if task.rpartition("-v")[2] not in ("4", "5") or task == "Pusher-v4":
         pytest.skip("gymnasium 1.x has no such version any more")
-    gymnasium = pytest.importorskip("gymnasium")
     envpool = pytest.importorskip("envpool")
-    with gymnasium.make(task) as env:
-        expected = env.unwrapped.dt
+    with make_env(task, {}) as env:
+        expected = env.unwrapped.dt  # type: ignore[attr-defined]
     found = video._envpool_seconds(EnvConfig(family="mujoco", task=task), envpool.make_spec(task).config)
     assert found == pytest.approx(expected)
 
