@@ -186,7 +186,10 @@ def _aim(simulation: _Simulation, asked: Mapping[str, Any], size: tuple[int, int
 
 def _context(size: tuple[int, int]) -> _Context:
     """A current OpenGL context of the kind named by MUJOCO_GL, however early MuJoCo was imported."""
-    context = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL'].lower()}").GLContext(*size)
+    kind = os.environ["MUJOCO_GL"].lower()
+    if kind not in ("egl", "osmesa", "glfw"):
+        raise ConfigurationError(f"MUJOCO_GL={kind} draws nothing; expected egl, osmesa or glfw")
+    context = importlib.import_module(f"mujoco.{kind}").GLContext(*size)
     context.make_current()
     return context
 

@@ -122,8 +122,8 @@ def test_backend_and_family_must_fit() -> None:
 
 
 @pytest.mark.slow
-def test_every_dm_control_task_has_the_terms_that_dm_control_declares() -> None:
-    os.environ.setdefault("MUJOCO_GL", "disable")
+def test_every_dm_control_task_has_the_terms_that_dm_control_declares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", os.environ.get("MUJOCO_GL", "disable"))
     suite = pytest.importorskip("dm_control.suite")
     listed = tasks("dmc")
     assert {f"{domain}-{task}" for domain, task in suite.ALL_TASKS} == set(listed)
