@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,6 +52,7 @@ def main(arguments: Sequence[str]) -> None:
     from rich.table import Table
 
     from rlplastic.presets import probe_machine
+    from rlplastic.run_directory import write_report
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> None:
         "rows": rows,
     }
     if options.out is not None:
-        _write(Path(options.out), json.dumps(document, indent=1) + "\n")
+        write_report(Path(options.out), document, "measure again")
         print(f"written to {options.out}")
 
 
@@ -89,17 +89,6 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def _write(path: Path, text: str) -> None:
-    from rlplastic.run_directory import write_atomically
-
-    try:
-        write_atomically(path, text)
-    except OSError as error:
-        raise ConfigurationError(
-            f"out={path} cannot be written ({error.strerror or error}); expected a file in a writable folder"
-        ) from error
 
 
 if __name__ == "__main__":

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from omegaconf import MISSING
 
@@ -44,6 +42,7 @@ def main(arguments: Sequence[str]) -> None:
 
     from rlplastic.evaluation import evaluate
     from rlplastic.policy import load_policy
+    from rlplastic.run_directory import write_report
     from rlplastic.terminal import View, standard_console
 
     run, console = Path(options.run), standard_console()
@@ -77,7 +76,7 @@ def main(arguments: Sequence[str]) -> None:
         "lengths": result.lengths.tolist(),
         "terminated": result.terminated.tolist(),
     }
-    _write(run / "evaluation.json", report)
+    write_report(run / "evaluation.json", report, "evaluate again")
     view.note(f"  written to {run / 'evaluation.json'}")
     if options.video:
         from rlplastic.video import record
@@ -86,17 +85,6 @@ def main(arguments: Sequence[str]) -> None:
         with console.status("recording an episode"):
             reason = record(policy.act, policy.env, path, seed=seed)
         view.note(f"  no video: {reason}" if reason else f"  video at {path}")
-
-
-def _write(path: Path, report: dict[str, Any]) -> None:
-    from rlplastic.run_directory import remedy, write_atomically
-
-    try:
-        write_atomically(path, json.dumps(report, indent=1) + "\n")
-    except OSError as error:
-        raise ConfigurationError(
-            f"{path} cannot be written ({error.strerror or error}); {remedy(error)} and evaluate again"
-        ) from error
 
 
 if __name__ == "__main__":

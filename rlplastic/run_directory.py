@@ -218,6 +218,20 @@ def write_atomically(path: Path, text: str) -> None:
     sync_directory(path.parent)
 
 
+def write_report(path: Path, document: Mapping[str, Any], again: str) -> None:
+    """Write what a verb found as JSON.
+
+    Raises:
+        ConfigurationError: the file cannot be written; the sentence says what to do and then to ``again``.
+    """
+    try:
+        write_atomically(path, json.dumps(document, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path} cannot be written ({error.strerror or error}); {remedy(error)} and {again}"
+        ) from error
+
+
 def sync_directory(path: Path) -> None:
     """Make renames and new names in a directory survive a power failure; raises OSError as `os.fsync` does."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -269,6 +283,7 @@ _REMEDIES = {
     errno.EACCES: "mend the permission",
     errno.EPERM: "mend the permission",
     errno.EROFS: "mount the disk for writing",
+    errno.ENOENT: "make the folder",
     errno.ENOTDIR: "move the file away that lies where a folder should",
     errno.EEXIST: "move the file away that lies where a folder should",
     errno.EISDIR: "move the folder away that lies where a file should",

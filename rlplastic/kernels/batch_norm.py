@@ -27,7 +27,7 @@ def _active(wide: Tensor, scale: Tensor, shift: Tensor, gradient: Tensor, relu: 
     """The gradient before the ReLU.
 
     The step function is made of a product and a clamp, as a float: a compiler given a comparison would save booleans
-    for the way back, and booleans are what it vectorises worst (measured: ten times the time of all other passes).
+    for the way back, which it vectorises badly (forward and back of 2 x 1024 x 1024: 33 ms with them, 1.75 without).
     """
     gradient = _wide(gradient)
     if not relu:

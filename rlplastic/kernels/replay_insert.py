@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlplastic.kernels._triton import tl, triton
-from rlplastic.kernels.replay_tensors import Insertion, ReplayTensors
+from rlplastic.kernels.replay_tensors import Insertion, ReplayTensors, row_numbers
 
 
 def upload(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -55,7 +55,7 @@ def _rows(rows: slice | NDArray[np.int64], device: torch.device) -> Tensor:
 
 
 def insert_numpy(ring: ReplayTensors, step: Insertion) -> None:
-    """The same for tensors on a CPU; an order of magnitude less overhead per operation, and no wait between them."""
+    """The same for tensors on a CPU; less overhead per operation, which is most of the time here."""
     host = ring.host
     host["action"][step.row] = step.action
     host["reward"][step.row] = step.reward
@@ -92,7 +92,7 @@ class StagedInsertion:
         self._floats_at = self._observations_at + observations
         self._finals_at = self._floats_at + -(-count * (ring.action_dim + 1) // 4) * 16
         self._bytes = self._finals_at + observations
-        # Narrowed in place of the reference's indexed copies; kernels then move bits, whatever they mean.
+        # The host narrows; the kernel then moves bits, whatever they mean.
         self._bits = ring.observation.view(torch.int16) if ring.observation.element_size() == 2 else ring.observation
 
     def __call__(self, step: Insertion) -> None:
@@ -103,15 +103,15 @@ class StagedInsertion:
         integers = block[: self._observations_at].view(torch.int64).numpy()
         columns = integers[: _INTEGERS * count].reshape(_INTEGERS, count)
         (*finals, (heads, observation)) = step.opened
-        columns[0], columns[1], columns[2], columns[3] = _numbers(step.row), step.flags, step.entry, step.slot
-        columns[4], columns[5] = _numbers(heads), -1
+        columns[0], columns[1], columns[2], columns[3] = row_numbers(step.row), step.flags, step.entry, step.slot
+        columns[4], columns[5] = row_numbers(heads), -1
         integers[_INTEGERS * count :] = step.index.reshape(-1)
         self._fill(block[self._observations_at : self._floats_at], slice(None), observation)
         floats = block[self._floats_at : self._finals_at].view(torch.float32).numpy()
         floats[: count * ring.action_dim] = step.action.reshape(-1)
         floats[count * ring.action_dim : count * (ring.action_dim + 1)] = step.reward
         for rows, final in finals:
-            numbers = _numbers(rows)
+            numbers = row_numbers(rows)
             columns[5, numbers % count] = numbers
             self._fill(block[self._finals_at :], torch.from_numpy(numbers % count), final)
         sent = block if finals else block[: self._finals_at]
@@ -142,22 +142,18 @@ class StagedInsertion:
             "DIM": ring.action_dim,
             "ACTION_STRIDE": ring.action.stride(0),
             "QUEUES": ring.index.shape[0],
-            "BLOCK": min(triton.next_power_of_2(size), 2048),
+            "BLOCK": ring.lanes,
             "ACTIONS": triton.next_power_of_2(ring.action_dim),
         }
 
     def options(self) -> dict[str, int]:
         """How it is compiled: 16 bytes for each thread."""
-        return {"num_warps": max(1, min(8, self.constants()["BLOCK"] * self.ring.observation.element_size() // 512))}
+        return {"num_warps": self.ring.warps}
 
     def _fill(self, part: Tensor, at: slice | Tensor, observation: Mapping[str, NDArray[Any]]) -> None:
         rows = part.view(self.ring.observation.dtype).view(self.ring.num_envs, -1)
         for group, elements in self.ring.groups.items():
             rows[at, elements] = narrow(upload(observation[group], part.device), rows.dtype)
-
-
-def _numbers(rows: slice | NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
 
 
 @triton.jit

@@ -58,7 +58,7 @@ class Draw:
 
 def sample_torch(draw: Draw, number: int, scale: Tensor | None, given: Tensor | None = None) -> None:
     """The reference: draw ``number`` on any device, rewards times ``scale``; ``given`` (B,) flat rows, or none."""
-    ring, size = draw.ring, len(draw.rows)
+    ring = draw.ring
     if given is None:
         given = _locate_torch(draw, number)
     draw.rows.copy_(given)
@@ -76,10 +76,15 @@ def sample_torch(draw: Draw, number: int, scale: Tensor | None, given: Tensor | 
         going = going & (flags & ENDED == 0)
     draw.reward.copy_(total if scale is None else total * scale)
     draw.discount.copy_(draw.powers.index_select(0, steps).masked_fill_(terminated, 0.0))
-    both = torch.cat((given, (given + steps * ring.num_envs).remainder_(ring.rows)))
+    _gather(draw, torch.cat((given, (given + steps * ring.num_envs).remainder_(ring.rows))))
+
+
+def _gather(draw: Draw, both: Tensor) -> None:
+    """Fill the block from flat rows (2B,): those drawn, then those where their walks ended."""
+    ring, size = draw.ring, len(draw.rows)
     width = ring.observation.shape[1]
     ring.unpack(both, draw.block[:, :width])
-    draw.block[:size, width:].copy_(ring.action.index_select(0, given))
+    draw.block[:size, width:].copy_(ring.action.index_select(0, both[:size]))
 
 
 def _locate_torch(draw: Draw, number: int) -> Tensor:
@@ -123,13 +128,10 @@ def sample_numpy(draw: Draw, number: int, scale: Tensor | None, given: Tensor | 
     draw.reward.numpy()[:] = total if scale is None else total * scale.numpy()
     draw.discount.numpy()[:] = np.where(terminated, np.float32(0), draw.powers.numpy()[steps])
     both = torch.from_numpy(np.concatenate((rows, (rows + steps * ring.num_envs) % ring.rows)))
-    packed = ring.packed
-    if packed is not None:
-        torch.index_select(packed, 0, both, out=draw.block)
+    if ring.packed is not None:
+        torch.index_select(ring.packed, 0, both, out=draw.block)
     else:
-        width = ring.observation.shape[1]
-        ring.unpack(both, draw.block[:, :width])
-        draw.block[:size, width:].copy_(ring.action.index_select(0, both[:size]))
+        _gather(draw, both)
 
 
 def _locate_numpy(draw: Draw, number: int) -> NDArray[np.int64]:
@@ -218,16 +220,14 @@ def constants(draw: Draw, given: bool) -> dict[str, int | bool]:
         "AGED": draw.ages is not None,
         "GIVEN": given,
         "CELLS": ring.cell is not None,
-        "BLOCK": min(triton.next_power_of_2(size), 2048),
+        "BLOCK": ring.lanes,
         "ACTION_BLOCK": triton.next_power_of_2(ring.action.shape[1]),
     }
 
 
 def options(draw: Draw) -> dict[str, int | bool]:
     """How it is compiled: 16 bytes for each thread, and roundings as everywhere else."""
-    observation = draw.ring.observation
-    width = min(triton.next_power_of_2(observation.shape[1]), 2048)
-    return {"num_warps": max(1, min(8, width * observation.element_size() // 512)), "enable_fp_fusion": False}
+    return {"num_warps": draw.ring.warps, "enable_fp_fusion": False}
 
 
 @triton.jit

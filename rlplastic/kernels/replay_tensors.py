@@ -12,6 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+MOST_LANES = 2048
+"""Elements of an observation that a kernel moves at once."""
+
 VALID, TERMINATED, TRUNCATED, HELD_OUT = 1, 2, 4, 8
 """Bits of a row's flags; a row without VALID has no other bit either."""
 
@@ -76,6 +79,28 @@ class ReplayTensors:
     def rows(self) -> int:
         """R."""
         return self.num_slots * self.num_envs
+
+    @property
+    def lanes(self) -> int:
+        """Elements of an observation that a kernel moves at once: a power of two."""
+        return min(1 << (self.observation.shape[1] - 1).bit_length(), MOST_LANES)
+
+    @property
+    def warps(self) -> int:
+        """Warps of a kernel that moves them, so that each thread has 16 bytes."""
+        return max(1, min(8, self.lanes * self.observation.element_size() // 512))
+
+
+def implementation(kernels: str, device: torch.device) -> str:
+    """numpy, torch or triton; ``auto`` is numpy for tensors on a CPU and torch elsewhere."""
+    if kernels != "auto":
+        return kernels
+    return "numpy" if device.type == "cpu" else "torch"
+
+
+def row_numbers(rows: slice | NDArray[np.int64]) -> NDArray[np.int64]:
+    """Flat rows as numbers, where they may be a slice."""
+    return np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,7 @@ class RowLayout:
             object.__setattr__(self, name, value)
 
     @property
-    def batch_size(self) -> int:
+    def batch_width(self) -> int:
         """float32 elements of a batch row: observations, then the action."""
         return self.observation_size + self.action_size
 

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlplastic.kernels.replay_sample import Draw
 from rlplastic.replay.sample import Batch, Sampler, batch_of
+
+WRITTEN = ("block", "reward", "discount", "rows")
+"""What a draw writes, and what is copied to the learner's device."""
 
 
 @dataclass
@@ -22,10 +27,8 @@ class _Buffer:
     """One of the two places that a batch passes through."""
 
     host: Sampler
-    block: Tensor
-    reward: Tensor
-    discount: Tensor
-    rows: Tensor
+    draw: Draw
+    """What the host's sampler writes to, on the learner's device."""
     batch: Batch
     copied: torch.cuda.Event | None = None
     """When the copy out of the host's buffer is over."""
@@ -48,12 +51,11 @@ class PrefetchingSampler:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="replay prefetch")
 
     def _buffer(self, host: Sampler) -> _Buffer:
-        draw = host.buffers
-        block, reward, discount, rows = (
-            torch.zeros_like(tensor, device=self.device)
-            for tensor in (draw.block, draw.reward, draw.discount, draw.rows)
-        )
-        return _Buffer(host, block, reward, discount, rows, batch_of(host.ring, block, reward, discount, rows))
+        written: dict[str, Any] = {
+            name: torch.zeros_like(getattr(host.buffers, name), device=self.device) for name in WRITTEN
+        }
+        draw = replace(host.buffers, **written)
+        return _Buffer(host, draw, batch_of(host.ring, draw))
 
     def batches(self, first: int, count: int, reward_scale: Tensor | None = None) -> Iterator[Batch]:
         """Draws ``first`` .. ``first + count - 1``; the ring must not be written to before the last one.
@@ -71,7 +73,7 @@ class PrefetchingSampler:
             if buffer.copied is not None:
                 torch.cuda.current_stream(self.device).wait_event(buffer.copied)
             if reward_scale is not None:
-                buffer.reward.mul_(reward_scale)
+                buffer.draw.reward.mul_(reward_scale)
             yield buffer.batch
 
     def _start(self, draw: int) -> Future[_Buffer]:
@@ -97,9 +99,8 @@ class PrefetchingSampler:
 
     @staticmethod
     def _copy(buffer: _Buffer) -> None:
-        source = buffer.host.buffers
-        for name in ("block", "reward", "discount", "rows"):
-            getattr(buffer, name).copy_(getattr(source, name), non_blocking=True)
+        for name in WRITTEN:
+            getattr(buffer.draw, name).copy_(getattr(buffer.host.buffers, name), non_blocking=True)
 
     def reprioritise(self, rows: Tensor, td_error: Tensor) -> None:
         """Priorities are not kept on the host; there is nothing to do."""

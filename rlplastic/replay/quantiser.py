@@ -2,9 +2,8 @@
 
 A value x is stored as the number of its cell, floor((x - centre) / 2**e), an int8, and read back as the middle of that
 cell: the error is at most half a cell, and a value within 128 cells of the centre always has one (up to 2**125, where
-the arithmetic of float32 ends). The centre is the
-dimension's first value; e starts so low that a constant costs nothing, and grows to what the values seen so far need,
-a factor of two at a time.
+the arithmetic of float32 ends). The centre is the dimension's first value; e starts so low that a constant costs
+nothing, and grows to what the values seen so far need, a factor of two at a time.
 
 When e grows by k, stored numbers are shifted right by k. Since floor(floor(y) / 2**k) = floor(y / 2**k), that is the
 number that the value itself would have got with the wider cells: growing loses no more than wider cells do, and neither

@@ -33,7 +33,16 @@ from torch import Tensor
 from rlplastic.envs.base import AutoresetMode, Observation, Step
 from rlplastic.errors import CheckpointError
 from rlplastic.kernels.replay_insert import StagedInsertion, insert_numpy, insert_torch, upload
-from rlplastic.kernels.replay_tensors import HELD_OUT, TERMINATED, TRUNCATED, VALID, Insertion, ReplayTensors
+from rlplastic.kernels.replay_tensors import (
+    HELD_OUT,
+    TERMINATED,
+    TRUNCATED,
+    VALID,
+    Insertion,
+    ReplayTensors,
+    implementation,
+    row_numbers,
+)
 from rlplastic.replay.holdout import Holdout
 from rlplastic.replay.layout import RowLayout
 from rlplastic.replay.memory import check_memory, slots_for
@@ -129,9 +138,7 @@ class ReplayRing:
             centre=None if cells is None else cells[1],
         )
         self._quantiser = None if cells is None else Quantiser(self.tensors)
-        if kernels == "auto":
-            kernels = "numpy" if self.device.type == "cpu" else "torch"
-        self._insert = WRITERS[kernels](self.tensors)
+        self._insert = WRITERS[implementation(kernels, self.device)](self.tensors)
         self.priorities = SumTree(rows, self.device) if prioritised else None
         self.written = np.zeros(num_envs, np.int64)
         self.transitions = self.held_out = 0
@@ -203,9 +210,9 @@ class ReplayRing:
         self._insert(Insertion(row, action, reward, flags, entry, slot, opened, index))
         if self.priorities is not None:
             entered = flags & (VALID | HELD_OUT) == VALID
-            self.priorities.add_new(self._upload(_numbers(row)[entered]))
+            self.priorities.add_new(self._upload(row_numbers(row)[entered]))
             for rows, _ in opened:
-                self.priorities.clear(self._upload(_numbers(rows)))
+                self.priorities.clear(self._upload(row_numbers(rows)))
 
     def _encoded(self, observation: Observation) -> Mapping[str, NDArray[np.generic]]:
         """What is stored of an observation: itself, or the numbers of its cells."""
@@ -446,10 +453,6 @@ class ReplayRing:
             "reward": tensors.reward,
             "flags": tensors.flags,
         } | groups
-
-
-def _numbers(rows: slice | Integers) -> Integers:
-    return np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
 
 
 def _ranges(start: Integers, stop: Integers) -> Integers:

@@ -15,7 +15,7 @@ by its number of transitions, and the age within the column. *Priorities*: see `
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from rlplastic import seeding
 from rlplastic.errors import ConfigurationError
 from rlplastic.kernels.replay_sample import Draw, sample_numpy, sample_torch, sample_triton
+from rlplastic.kernels.replay_tensors import implementation
 from rlplastic.replay.priority import importance_weights, priorities_from_errors, uniform_fractions
 from rlplastic.replay.ring import ReplayRing
 
@@ -107,9 +108,8 @@ class Sampler:
         self._check(ring, batch_size, n_step, held_out, half_life, prioritisation)
         self.ring, self.batch_size, self.n_step, self.held_out = ring, batch_size, n_step, held_out
         self.prioritisation, self.device = prioritisation, ring.device
-        if kernels == "auto":
-            kernels = "numpy" if ring.device.type == "cpu" else "torch"
-        self._kernels, self._key = kernels, seeding.key("held out" if held_out else "replay", seed, rank)
+        self._kernels = implementation(kernels, ring.device)
+        self._key = seeding.key("held out" if held_out else "replay", seed, rank)
         layout, device = ring.layout, ring.device
         self.buffers = Draw(
             ring=ring.tensors,
@@ -117,14 +117,13 @@ class Sampler:
             queue=int(held_out),
             powers=torch.tensor([gamma**k for k in range(n_step + 1)], device=device),
             ages=None if half_life is None else _ages(half_life / ring.num_envs, ring.num_slots).to(device),
-            block=torch.zeros(2 * batch_size, layout.batch_size, device=device, pin_memory=pinned),
+            block=torch.zeros(2 * batch_size, layout.batch_width, device=device, pin_memory=pinned),
             rows=torch.zeros(batch_size, dtype=torch.int64, device=device, pin_memory=pinned),
             reward=torch.zeros(batch_size, device=device, pin_memory=pinned),
             discount=torch.zeros(batch_size, device=device, pin_memory=pinned),
         )
-        draw = self.buffers
         self._number = torch.zeros((), dtype=torch.int64, device=device)
-        self._batch = batch_of(ring, draw.block, draw.reward, draw.discount, draw.rows)
+        self._batch = batch_of(ring, self.buffers)
 
     @staticmethod
     def _check(
@@ -176,10 +175,7 @@ class Sampler:
             sample_torch(self.buffers, draw, reward_scale, given)
         else:
             sample_numpy(self.buffers, draw, reward_scale, given)
-        if weight is None:
-            return self._batch
-        fields = {name: getattr(self._batch, name) for name in Batch.__slots__}
-        return Batch(**(fields | {"weight": weight}))
+        return self._batch if weight is None else replace(self._batch, weight=weight)
 
     def batches(self, first: int, count: int, reward_scale: Tensor | None = None) -> Iterator[Batch]:
         """Draws ``first`` .. ``first + count - 1``, one after the other; see `sample`."""
@@ -199,16 +195,16 @@ class Sampler:
             self.ring.priorities.set(rows, priorities)
 
 
-def batch_of(ring: ReplayRing, block: Tensor, reward: Tensor, discount: Tensor, rows: Tensor) -> Batch:
-    """A batch of views of ``block`` (2B, E + A') and of the other (B,) tensors that a draw writes."""
-    size, layout = len(block) // 2, ring.layout
+def batch_of(ring: ReplayRing, draw: Draw) -> Batch:
+    """A batch of views of what ``draw`` writes to."""
+    size, layout, block = len(draw.rows), ring.layout, draw.block
     return Batch(
         observation={group: block[:size, part] for group, part in layout.groups.items()},
         action=block[:size, layout.observation_size : layout.observation_size + ring.action_dim],
-        reward=reward,
-        discount=discount,
+        reward=draw.reward,
+        discount=draw.discount,
         next_observation={group: block[size:, part] for group, part in layout.groups.items()},
-        rows=rows,
+        rows=draw.rows,
     )
 
 

@@ -37,7 +37,6 @@ class Critic(nn.Module):
         members: int,
     ) -> None:
         super().__init__()
-        self.members = members
         self.trunk = Trunk(observation_dim + action_dim, width, num_blocks, members)
         self.head = CategoricalHead(width, num_atoms, support, members)
 
