@@ -59,16 +59,19 @@ class Guard:
         for group, array in step.observation.items():
             self._check_array(f"observation '{group}'", array, evidence)
         self._check_array("reward", step.reward, evidence)
-        done = step.terminated | step.truncated
         for group, array in step.info.get("final_observation", {}).items():
-            ended = np.where(done[:, None], array, 0)
+            ended = np.where((step.terminated | step.truncated)[:, None], array, 0)
             self._check_array(f"final observation '{group}'", ended, {**evidence, "final": ended})
 
     def _check_array(self, name: str, array: Array, evidence: Mapping[str, Array]) -> None:
-        # A sum is finite unless an entry is not: one cheap pass in the usual case.
-        if math.isfinite(float(array.sum(dtype=np.float64))):
+        # One cheap pass in the usual case: a sum with a NaN or an infinity in it is not finite.
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = np.add.reduce(array, None)
+        if math.isfinite(total):
             return
         rows = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(1))
+        if not len(rows):  # only the sum was too large
+            return
         what = f"{name} of environments {rows[:8].tolist()}"
         tensors = {key: torch.from_numpy(value) for key, value in evidence.items()}
         self.stop(what, "the environment returned it", tensors)

@@ -34,7 +34,7 @@ class RewardScaler:
         self._squares += float(centred @ centred) + delta**2 * self._count * size / total
         self._mean += delta * size / total
         self._count = total
-        self._largest = max(self._largest, float(np.abs(rows).max()))
+        self._largest = max(self._largest, float(np.maximum.reduce(rows)), -float(np.minimum.reduce(rows)))
 
     @property
     def scale(self) -> float:

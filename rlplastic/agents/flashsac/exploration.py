@@ -67,12 +67,12 @@ def uniform_actions(num_envs: int, action_dim: int, seed: int, step: int, rank: 
 
     Drawn for `BLOCK` steps at once: making a generator takes longer than a step of a small simulation.
     """
-    block = _uniform_block(num_envs, action_dim, seeding.key("exploration", seed, rank), step // BLOCK)
+    block = _uniform_block(num_envs, action_dim, seed, rank, step // BLOCK)
     action: NDArray[np.float32] = block[step % BLOCK].copy()
     return action
 
 
 @lru_cache(maxsize=2)
-def _uniform_block(num_envs: int, action_dim: int, key: int, block: int) -> NDArray[np.float32]:
-    rng = seeding.generator("cpu", key, "uniform", block)
+def _uniform_block(num_envs: int, action_dim: int, seed: int, rank: int, block: int) -> NDArray[np.float32]:
+    rng = seeding.generator("cpu", seeding.key("exploration", seed, rank), "uniform", block)
     return torch.rand(BLOCK, num_envs, action_dim, generator=rng).mul_(2).sub_(1).numpy()
