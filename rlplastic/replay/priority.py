@@ -1,9 +1,13 @@
 """Proportional priorities: which transitions are drawn more often, and the weights that correct for it.
 
-Schaul et al., "Prioritized experience replay", arXiv 1511.05952, section 3.3: row i is drawn with probability
+Schaul et al., "Prioritized experience replay", arXiv 1511.05952, sections 3.3 and 3.4: row i is drawn with probability
 P(i) = p_i / sum_k p_k, where p_i = (|td_error_i| + epsilon)^alpha, and its loss is multiplied by (N P(i))^-beta, with N
-rows to draw from. New rows get the largest priority seen so far, so that each is drawn soon. Draws are independent: the
-caller gives one uniform number for each, from `uniform_fractions`.
+rows to draw from. Draws are independent: the caller gives one uniform number for each, from `uniform_fractions`.
+
+New rows get the largest priority seen so far, 1 before any (algorithm 1 of the paper: p_1 = 1, p_t = max_{i<t} p_i), so
+that each is drawn soon. It is a running maximum, as in the implementations that others build on (DQN Zoo, OpenAI
+Baselines, Dopamine): it never falls, also when the row that set it is gone. A single huge error thus makes new rows
+more likely for good, but only until their first draw, which gives each the priority of its own error.
 
 The tree. `SumTree.nodes` holds 2P floats, P the next power of two: node 1 is the root, the children of node k are 2k
 and 2k + 1, leaf i is node P + i, and a node is the rounded sum of its children. After a write the ancestors are
@@ -45,7 +49,7 @@ class SumTree:
         nodes: (2P,) float32, the tree; node 0 is unused. That is 8 bytes per leaf of the full tree, so between 8 and
             16 bytes per row (`memory_bytes`).
         priorities: (num_leaves,) float32, the view of the rows' leaves; read only.
-        largest: () float32, the largest priority that `set` has seen, at least 1.
+        largest: () float32, the largest priority that `set` has seen, at least 1; it never falls (see above).
     """
 
     def __init__(self, num_leaves: int, device: torch.device | str) -> None:
@@ -178,18 +182,18 @@ def priorities_from_errors(td_error: Tensor, exponent: float, epsilon: float) ->
     return td_error.detach().float().abs().add(epsilon).pow(exponent)
 
 
-def importance_weights(probabilities: Tensor, transitions: int, exponent: float) -> Tensor:
-    """(N P(i))^-beta divided by the largest of the batch, float32 (n,): factors of the losses, in [0, 1].
+def importance_weights(probabilities: Tensor, exponent: float) -> Tensor:
+    """w_i / max_j w_j over the batch with w_i = (1/N * 1/P(i))^beta, float32 (n,): factors of the losses, in [0, 1].
 
-    They undo the bias of drawing by priority, fully at beta = 1; the division only ever scales updates down.
+    arXiv 1511.05952, section 3.4: they undo the bias of drawing by priority, fully at beta = 1, and the division only
+    ever scales updates down. N, the rows that can be drawn, is the same in all w_i and so cancels out:
+    w_i / max_j w_j = (min_j P(j) / P(i))^beta, with a base in [0, 1] that no exponent can make overflow.
 
     Args:
-        probabilities: (n,) float64, of the rows drawn (`SumTree.draw`).
-        transitions: N, the rows that can be drawn.
+        probabilities: (n,) float64, P of the rows drawn (`SumTree.draw`).
         exponent: beta of the paper.
     """
-    weights = (transitions * probabilities) ** -exponent
-    return (weights / weights.amax()).float()
+    return (probabilities.amin() / probabilities).pow(exponent).float()
 
 
 def uniform_fractions(count: int, high: int, seed: int, device: torch.device | str) -> Tensor:

@@ -186,7 +186,7 @@ class Sampler:
         tree = self.ring.priorities
         assert tree is not None, "checked in the constructor"
         rows, chances = tree.draw(uniform_fractions(self.batch_size, draw, self._key, self.device))
-        return rows, importance_weights(chances, self.ring.transitions, exponents.importance)
+        return rows, importance_weights(chances, exponents.importance)
 
     def reprioritise(self, rows: Tensor, td_error: Tensor) -> None:
         """Give the drawn ``rows`` (B,) priorities by their new ``td_error`` (B,); nothing without prioritisation."""

@@ -272,6 +272,20 @@ def test_new_rows_get_the_largest_priority_ever_seen() -> None:
     assert tree.priorities.tolist() == [0, 0, 0, 5]
 
 
+def test_every_row_is_seen_soon_however_small_the_others_have_become() -> None:
+    """What the running maximum is for: the largest of the present priorities may be far below what an error can be."""
+    tree = SumTree(64, "cpu")
+    tree.add_new(torch.arange(32))
+    tree.set(torch.arange(32), torch.full((32,), 8.0))
+    tree.set(torch.arange(32), torch.full((32,), 0.01))
+    tree.add_new(torch.tensor([40, 41]))
+    rows, probabilities = tree.draw(evenly_spaced(256))
+    assert {40, 41} <= set(rows.tolist())
+    assert probabilities[rows == 40][0].item() == pytest.approx(8 / (32 * 0.01 + 16), rel=1e-6)
+    tree.set(torch.tensor([40, 41]), torch.tensor([0.01, 0.01]))  # drawn once, a row has the priority of its own error
+    assert (tree.priorities[torch.tensor([40, 41])] < 0.02).all() and tree.largest.item() == 8.0
+
+
 def test_a_restored_tree_draws_the_same_rows_bit_for_bit() -> None:
     random = torch.Generator().manual_seed(3)
     tree = SumTree(300, "cpu")
@@ -326,11 +340,12 @@ def test_a_broken_error_reaches_the_tree_as_the_largest_priority() -> None:
 
 
 def test_importance_weights_have_the_closed_form_of_the_paper() -> None:
-    probabilities, rows, beta = [0.5, 0.125, 0.25], 10, 0.4
-    raw = [(1 / rows * 1 / chance) ** beta for chance in probabilities]
-    weights = importance_weights(torch.tensor(probabilities, dtype=torch.float64), rows, beta)
+    probabilities, beta = [0.5, 0.125, 0.25], 0.4
+    weights = importance_weights(torch.tensor(probabilities, dtype=torch.float64), beta)
     assert weights.dtype == torch.float32
-    assert weights.tolist() == pytest.approx([weight / max(raw) for weight in raw], rel=1e-6)
+    for rows in (3, 10, 10**6):  # of which the paper's formula speaks, and which cancels out
+        raw = [(1 / rows * 1 / chance) ** beta for chance in probabilities]
+        assert weights.tolist() == pytest.approx([weight / max(raw) for weight in raw], rel=1e-6)
 
 
 def test_full_importance_weights_undo_the_priorities() -> None:
@@ -338,20 +353,22 @@ def test_full_importance_weights_undo_the_priorities() -> None:
     random = np.random.default_rng(2)
     priorities, values = random.uniform(0.1, 5.0, 50).tolist(), torch.from_numpy(random.normal(size=50))
     leaves, probabilities = tree_of(priorities).draw(evenly_spaced(2**18))
-    weights = importance_weights(probabilities, 50, 1.0).double()
+    weights = importance_weights(probabilities, 1.0).double()
     weighted, plain = ((weights * values[leaves]).sum() / weights.sum()).item(), values[leaves].mean().item()
     assert weighted == pytest.approx(values.mean().item(), abs=1e-3)
     assert plain != pytest.approx(values.mean().item(), abs=1e-2)
 
 
 def test_importance_weights_survive_probabilities_beyond_float32() -> None:
-    weights = importance_weights(torch.tensor([1e-60, 1.0, 1e-75], dtype=torch.float64), 10**6, 1.0)
+    weights = importance_weights(torch.tensor([1e-60, 1.0, 1e-75], dtype=torch.float64), 1.0)
     assert weights.isfinite().all() and weights.tolist() == pytest.approx([1e-15, 0.0, 1.0])
+    steep = importance_weights(torch.tensor([1e-60, 1.0, 1e-75], dtype=torch.float64), 5.0)
+    assert steep.tolist() == [0.0, 0.0, 1.0]  # P^-5 alone would be infinite
 
 
 def test_even_priorities_weigh_one() -> None:
     _, probabilities = tree_of([3.0] * 12).draw(evenly_spaced(12))
-    assert importance_weights(probabilities, 12, 0.7).tolist() == [1.0] * 12
+    assert importance_weights(probabilities, 0.7).tolist() == [1.0] * 12
 
 
 def test_uniform_fractions_are_the_top_bits_of_the_published_words() -> None:
@@ -379,7 +396,7 @@ def use_everything(device: str) -> None:
     tree.add_new(leaves)
     for draw in range(3):
         rows, probabilities = tree.draw(uniform_fractions(6, draw, 1, device))
-        weights = importance_weights(probabilities, 6, 0.4)
+        weights = importance_weights(probabilities, 0.4)
         tree.set(rows, priorities_from_errors(weights - 0.5, 0.6, 1e-6))
         tree.clear(leaves[:2])
     tree.load_state_dict(tree.state_dict())
