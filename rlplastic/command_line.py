@@ -21,11 +21,20 @@ from rlplastic.errors import ConfigurationError, RlplasticError, nearest
 T = TypeVar("T")
 
 
-def run_verb(verb: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
+def run_verb(
+    verb: Callable[[Sequence[str]], None],
+    arguments: Sequence[str],
+    interrupted: str = "interrupted before the end; rerun the command",
+) -> int:
     """Call a verb and turn foreseen failures into one sentence on stderr and the documented exit code.
 
     SIGTERM, and SIGHUP unless `nohup` has it ignored, act like Ctrl-C wherever a verb does not listen itself, so that a
     run that is stopped while it still sets up, or just after its last save, ends with the documented code too.
+
+    Args:
+        verb: takes the arguments.
+        arguments: as typed.
+        interrupted: what to say then, for verbs that leave something behind.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
@@ -36,7 +45,7 @@ def run_verb(verb: Callable[[Sequence[str]], None], arguments: Sequence[str]) ->
         _complain(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        _complain("error: interrupted at once; the last checkpoint, if any, is in place: rerun without fresh=true")
+        _complain(f"error: {interrupted}")
         return 130
     finally:
         _finish_output()

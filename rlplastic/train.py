@@ -57,4 +57,5 @@ def _through_hydra(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_verb(main, sys.argv[1:]))
+    told = "interrupted at once; the last checkpoint, if any, is in place: rerun without fresh=true"
+    sys.exit(run_verb(main, sys.argv[1:], interrupted=told))

@@ -237,6 +237,29 @@ def test_an_interrupted_fresh_run_says_how_to_resume(tmp_path: Path) -> None:
     assert process.returncode == 130
 
 
+def test_a_run_interrupted_while_it_sets_up_says_what_is_left(tmp_path: Path) -> None:
+    (tmp_path / "slow_tasks.py").write_text(
+        "import gymnasium, time\n"
+        "class Slow(gymnasium.Env):\n"
+        "    observation_space = action_space = gymnasium.spaces.Box(-1, 1, (1,))\n"
+        "    def reset(self, *, seed=None, options=None):\n"
+        "        print('started', flush=True)\n"
+        "        time.sleep(60)\n"
+        "gymnasium.register('Slow-v0', Slow, max_episode_steps=9)\n"
+    )
+    arguments = [*SMALL, "env=gymnasium", "env.task=slow_tasks:Slow-v0", f"runs={tmp_path}", "name=run"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    with subprocess.Popen(
+        command(*arguments), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "started\n"
+        process.terminate()
+        told = process.stderr.read()
+    assert process.returncode == 130
+    assert told == ("error: interrupted at once; the last checkpoint, if any, is in place: rerun without fresh=true\n")
+
+
 def test_a_policy_needs_no_replay_beside_it(tmp_path: Path) -> None:
     import shutil
 

@@ -220,7 +220,7 @@ def test_a_signal_ends_the_command_with_one_sentence_and_exit_code_130(number: s
         "gymnasium.register('Slow-v0', Slow)\n"
     )
     command = [sys.executable, "-m", "rlplastic.envs.checker", "env=gymnasium", "task=slow_tasks:Slow-v0"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -229,7 +229,7 @@ def test_a_signal_ends_the_command_with_one_sentence_and_exit_code_130(number: s
         process.send_signal(number)
         told = process.stderr.read()
     assert process.returncode == 130
-    assert told.startswith("error: interrupted") and len(told.splitlines()) == 1
+    assert told == "error: interrupted before the end; rerun the command\n"  # there are no checkpoints to speak of
 
 
 @pytest.mark.parametrize(
