@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from rlplastic.errors import ConfigurationError, RlplasticError, nearest
+from rlplastic.errors import ConfigurationError, RlplasticError, nearest, telling_of_memory
 
 T = TypeVar("T")
 
@@ -40,7 +40,8 @@ def run_verb(
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
-        verb(arguments)
+        with telling_of_memory("end what else takes it, or ask for less"):
+            verb(arguments)
     except RlplasticError as error:
         _complain(f"error: {error}")
         return error.exit_code

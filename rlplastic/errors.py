@@ -7,7 +7,10 @@ with `exit_code`; anything that is not an `RlplasticError` is a bug and keeps it
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import errno
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class RlplasticError(Exception):
@@ -24,6 +27,10 @@ class ConfigurationError(RlplasticError):
 
 class EnvironmentContractError(ConfigurationError):
     """An environment breaks the contract of `rlplastic.envs.base`; exit code 2."""
+
+
+class OutOfMemoryError(ConfigurationError):
+    """What was asked for does not fit into the memory of this machine or its GPU; exit code 2."""
 
 
 class NonFiniteError(RlplasticError):
@@ -54,6 +61,35 @@ class Interrupted(RlplasticError):
     """SIGINT, SIGTERM or SIGHUP arrived; the step was finished and the run saved; exit code 130."""
 
     exit_code = 130
+
+
+_NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|_STATUS_ALLOC_FAILED", re.IGNORECASE)
+_WANTED = re.compile(r"(?:tried|unable) to allocate ([\d.,]+ \w+)", re.IGNORECASE)
+
+
+@contextmanager
+def telling_of_memory(remedy: str) -> Iterator[None]:
+    """Turn what Python, numpy, torch and the system raise when memory runs out into one sentence.
+
+    torch's CPU allocator raises a plain RuntimeError, which only its words tell from others; so torch is not imported.
+
+    Args:
+        remedy: what to do, as the end of the sentence.
+
+    Raises:
+        OutOfMemoryError: memory ran out within the block; anything else passes as it is.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+            raise
+        if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)):
+            raise
+        place = "the GPU" if re.search("CUDA|CUBLAS|CUDNN|HIP", str(error)) else "this machine"
+        wanted = _WANTED.search(str(error))
+        more = f"another {wanted[1]}" if wanted else "more"
+        raise OutOfMemoryError(f"{place} is out of memory; expected room for {more}: {remedy}") from error
 
 
 def nearest(name: str, valid: Iterable[str], count: int = 3, prefix: str = "") -> str:

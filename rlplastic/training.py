@@ -16,7 +16,7 @@ from rlplastic.checkpoint import CheckpointStore, Loaded
 from rlplastic.command_line import override_key
 from rlplastic.composition import compose
 from rlplastic.config import Config
-from rlplastic.errors import ConfigurationError
+from rlplastic.errors import ConfigurationError, telling_of_memory
 from rlplastic.evaluation import Evaluation
 from rlplastic.initialisation import initialise
 from rlplastic.loop import train
@@ -42,6 +42,11 @@ IDENTITY_IGNORES = (
     "name",
 )
 """Settings that do not make a run a different one: stop conditions, cadences, logging, and where it lies."""
+
+MEMORY_REMEDY = (
+    "end what else takes it and rerun the command, which goes on from the last checkpoint, if any, or ask for less "
+    "under another name, such as a smaller replay.capacity, replay.batch_size, env.num_envs or agent.critic_width"
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,8 @@ def train_agent(overrides: Sequence[str] = (), *, quiet: bool = False) -> Result
     for sentence in changed + [choice.warning for choice in choices if choice.warning]:
         view.warn(sentence)
     ignore = (*IDENTITY_IGNORES, *MACHINE_KEYS) if changed else IDENTITY_IGNORES
-    with RunDirectory.open(asked.runs, name, asdict(config), fresh=asked.fresh, ignore=ignore) as directory:
+    run = RunDirectory.open(asked.runs, name, asdict(config), fresh=asked.fresh, ignore=ignore)
+    with run as directory, telling_of_memory(MEMORY_REMEDY):
         directory.write("machine.json", json.dumps(asdict(machine), indent=1))
         return _train(config, choices, directory, view)
 

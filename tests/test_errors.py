@@ -1,10 +1,16 @@
-"""Hints: the name that was meant comes first, and few valid names are all told."""
+"""Hints: the name that was meant comes first, and few valid names are all told. Memory that runs out is foreseen."""
 
 from __future__ import annotations
 
-import pytest
+import errno
+from collections.abc import Callable
 
-from rlplastic.errors import nearest
+import numpy as np
+import pytest
+import torch
+
+from rlplastic.command_line import run_verb
+from rlplastic.errors import ConfigurationError, OutOfMemoryError, nearest, telling_of_memory
 
 PRESETS = ("auto", "debug", "paper_cpu", "paper_gpu")
 KEYS = ("agent", "agent.gamma", "critic", "env", "env.num_envs", "env.task", "evaluation.every", "seed", "threads")
@@ -47,3 +53,56 @@ def test_the_folder_of_the_names_is_shown_and_does_not_make_them_alike() -> None
     runs = ("hopper", "ant_first", "zzz", "g1", "h1", "t1", "spot")
     assert nearest("hoper", runs, prefix="runs/") == "did you mean 'runs/hopper'?"
     assert nearest("qqqqq", runs[:2], prefix="runs/") == "valid names: runs/ant_first, runs/hopper"
+
+
+def raising(error: Exception) -> Callable[[], object]:
+    def work() -> object:
+        raise error
+
+    return work
+
+
+CUDA = (
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.10 GiB of which 12.00 MiB is "
+    "free.\nSee documentation for Memory Management"
+)
+
+
+@pytest.mark.parametrize(
+    ("work", "told"),
+    [
+        (
+            lambda: torch.empty(2**60, dtype=torch.uint8),
+            "this machine is out of memory; expected room for another 1152",
+        ),
+        (lambda: np.empty(2**60, np.uint8), "this machine is out of memory; expected room for another 1.00 EiB: do so"),
+        (lambda: bytearray(2**62), "this machine is out of memory; expected room for more: do so"),
+        (raising(torch.OutOfMemoryError(CUDA)), "the GPU is out of memory; expected room for another 20.00 MiB: do so"),
+        (raising(RuntimeError("CUDA error: out of memory")), "the GPU is out of memory"),
+        (
+            raising(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")),
+            "the GPU",
+        ),
+        (raising(RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 80 bytes.")), "80 bytes"),
+        (raising(OSError(errno.ENOMEM, "Cannot allocate memory")), "this machine is out of memory"),
+    ],
+)
+def test_memory_that_runs_out_is_one_sentence_and_exit_code_2(
+    work: Callable[[], object], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(OutOfMemoryError) as caught, telling_of_memory("do so"):
+        work()
+    assert told in str(caught.value) and isinstance(caught.value, ConfigurationError)
+    assert run_verb(lambda arguments: work(), []) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.startswith("error: ") and complaint.count("\n") == 1 and "ask for less" in complaint
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), OSError(errno.ENOSPC, "No space"), ValueError()],
+)
+def test_other_failures_keep_their_traceback(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, telling_of_memory("do so"):
+        raise error
+    assert caught.value is error

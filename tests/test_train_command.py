@@ -13,7 +13,13 @@ from small_runs import SMALL, command, run
 
 from rlplastic import train_agent
 from rlplastic.command_line import parse, run_verb
-from rlplastic.errors import CheckpointError, CheckpointWriteError, ConfigurationError, NonFiniteError
+from rlplastic.errors import (
+    CheckpointError,
+    CheckpointWriteError,
+    ConfigurationError,
+    NonFiniteError,
+    OutOfMemoryError,
+)
 from rlplastic.evaluate import main as evaluate_main
 from rlplastic.train import main
 
@@ -215,6 +221,50 @@ def test_a_nan_inside_the_learner_is_named_and_never_saved(
     assert int(newest.name.removeprefix("step_")) <= 300
     monkeypatch.setattr(FlashSAC, "update", real)
     assert train_agent([*SMALL, f"runs={tmp_path}", "name=run"], quiet=True).transitions == 600
+
+
+OUT_OF_MEMORY = [
+    "DefaultCPUAllocator: can't allocate memory: you tried to allocate 80 bytes. Error code 12",
+    "CUDA out of memory. Tried to allocate 20.00 MiB.",
+    "",
+]
+
+
+@pytest.mark.parametrize("said", OUT_OF_MEMORY)
+def test_memory_that_runs_out_while_learning_costs_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    import torch
+
+    from rlplastic.agents.flashsac import FlashSAC
+
+    real = FlashSAC.update
+
+    def update(self: FlashSAC, batch: object, budget_used: float) -> dict[str, torch.Tensor]:
+        if self.updates == 20:
+            raise RuntimeError(said) if said else MemoryError
+        return real(self, batch, budget_used)  # type: ignore[arg-type]
+
+    arguments = [*SMALL, "evaluation.every=0", f"runs={tmp_path}", "name=run"]
+    monkeypatch.setattr(FlashSAC, "update", update)
+    with pytest.raises(OutOfMemoryError, match="rerun the command, which goes on from the last checkpoint") as caught:
+        train_agent(arguments, quiet=True)
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "run" / "checkpoints").glob("step_*"))
+    monkeypatch.setattr(FlashSAC, "update", real)
+    assert train_agent(arguments, quiet=True).transitions == 600
+
+
+def test_memory_that_runs_out_while_setting_up_leaves_no_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*arguments: object, **options: object) -> None:
+        np.empty(2**60, np.uint8)
+
+    monkeypatch.setattr("rlplastic.training.make_agent", too_large)
+    with pytest.raises(OutOfMemoryError, match=r"another 1.00 EiB: .* a smaller replay.capacity"):
+        train_agent([*SMALL, f"runs={tmp_path / 'runs'}"], quiet=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_names_outside_the_folder_of_runs_are_refused(tmp_path: Path) -> None:
