@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,11 @@ def apply(config: Config) -> Transform:
         return lambda function: function
     _probe_compiler(config.device)
     return lambda function: torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def barrier(device: str) -> Callable[[], None] | None:
+    """What waits until ``device`` has done all that it was asked for; None for a CPU, which answers when it is done."""
+    return partial(torch.cuda.synchronize, device) if device.startswith("cuda") else None
 
 
 def _probe_compiler(device: str) -> None:

@@ -210,6 +210,12 @@ class Config:
     """on, off, or auto: compile the update where a compiler works and the budget pays for it."""
     threads: int | None = None
     """Threads of the learner on a CPU; None: all cores but one, which is left to the simulation."""
+    overlap: bool = True
+    """Step the environments while the learner learns: the policy that acts is then one vector step old, and the newest
+    vector step is not sampled yet. False: one after the other, as published [F]."""
+    profile: bool = False
+    """Print at the end where all of the wall time went, and write it to profile.json; on a GPU every section then waits
+    for the device."""
     runs: str = "runs"
     """Folder that holds run directories."""
     name: str | None = None

@@ -1,9 +1,10 @@
 """The one training loop: act -> step -> update -> store -> log -> evaluate -> checkpoint.
 
-One turn is one step of the whole vector of environments. The simulation runs while the learner learns: actions are
-sent, the previous answer is stored and the updates that are owed are done, then the answer is received. So the policy
-that acts is the one from before those updates: a lag of one vector step, the same in every run, so that equal seeds
-give equal bits.
+One turn is one step of the whole vector of environments. With ``overlap`` the simulation runs while the learner
+learns: actions are sent, the previous answer is stored and the updates that are owed are done, then the answer is
+received. So the policy that acts is the one from before those updates: a lag of one vector step, the same in every run,
+so that equal seeds give equal bits. Without it the answer is received and stored first: every action comes from the
+newest policy, and every update may draw the newest transition.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from rlplastic.errors import CheckpointWriteError, Interrupted, NonFiniteError
 from rlplastic.reporting import Reporter
@@ -52,33 +55,57 @@ def train(session: Session, reporter: Reporter) -> None:
 
 def advance(session: Session) -> int:
     """One vector step and the updates that are due; returns the transitions it added."""
-    agent, progress, watch = session.agent, session.progress, session.watch
-    started = watch.elapsed
+    started = session.watch.elapsed
+    action = _send(session)
+    if session.config.overlap:
+        session.store_received()
+        session.watch.lap("store")
+        _learn(session)
+        added = _receive(session, action)
+    else:
+        added = _receive(session, action)
+        session.store_received()
+        session.watch.lap("store")
+        _learn(session)
+    session.progress.train_seconds += session.watch.elapsed - started
+    return added
+
+
+def _send(session: Session) -> NDArray[np.float32]:
+    """Choose actions and let the simulation begin."""
+    progress = session.progress
     uniform = progress.transitions < session.uniform_until
-    action = agent.explore(session.observation, progress.vector_steps, session.episodes.active, uniform)
+    action = session.agent.explore(session.observation, progress.vector_steps, session.episodes.active, uniform)
     try:
         session.envs.send(action)
     except NonFiniteError as error:
         session.guard.stop("action", str(error), {"action": torch.from_numpy(action)})
-    watch.lap("act")
+    session.watch.lap("act")
+    return action
 
-    session.store_received()
-    watch.lap("store")
 
-    budget_used = session.budget.used(progress)
-    # While all that the replay holds is held out, updates wait.
-    due = session.replay_ratio.due(progress) if session.replay.transitions else 0
+def _learn(session: Session) -> None:
+    """The updates that are owed; while all that the replay holds is held out, they wait."""
+    agent, watch = session.agent, session.watch
+    budget_used = session.budget.used(session.progress)
+    due = session.replay_ratio.due(session.progress) if session.replay.transitions else 0
     for batch in session.sampler.batches(agent.updates, due, agent.reward_scale) if due else ():
+        watch.lap("sample")
+        section = "compile" if session.compiling else "update"
         metrics = agent.update(batch, budget_used)
         if agent.td_error is not None:
             session.sampler.reprioritise(batch.rows, agent.td_error)
+        watch.lap(section)
         session.guard.check_update(metrics, batch, agent.updates)
         session.metrics.add(metrics)
-    watch.lap("learn")
+        watch.lap("check")
 
+
+def _receive(session: Session, action: NDArray[np.float32]) -> int:
+    """Wait for the simulation and count what came; it is stored later (see `Session.received`)."""
+    progress, watch = session.progress, session.watch
     step = session.envs.receive()
     watch.lap("env")
-
     session.guard.check_step(step, action)
     valid = session.episodes.observe(step)
     session.received = action, step, valid
@@ -89,7 +116,6 @@ def advance(session: Session) -> int:
     if session.rebuild_is_due:
         session.rebuild()
     watch.lap("store")
-    progress.train_seconds += watch.elapsed - started
     return added
 
 

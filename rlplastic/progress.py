@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -73,18 +73,29 @@ class ReplayRatio:
 
 
 class Stopwatch:
-    """Sections that add up to all of the wall time: every lap charges what passed since the previous one."""
+    """Sections that add up to all of the wall time: every lap charges what passed since the previous one.
 
-    def __init__(self) -> None:
-        self.start()
+    Args:
+        began: when the time that counts began, a reading of ``time.perf_counter``; None: now.
+        wait: called before every reading, to wait for a device whose work is to be charged where it was asked for.
+    """
 
-    def start(self) -> None:
-        """Begin anew: what passed so far (setting up, replaying actions) belongs to no section."""
-        self._started = self._last = time.perf_counter()
+    def __init__(self, began: float | None = None, wait: Callable[[], None] | None = None) -> None:
+        self._wait = wait
+        self._started = self._last = time.perf_counter() if began is None else began
         self._sections: dict[str, float] = {}
+        self._totals: dict[str, float] = {}
+
+    def start(self, before: str = "start") -> None:
+        """Begin the sections anew: what passed so far (setting up, replaying actions) is only in the totals."""
+        self.lap(before)
+        self.pop()
+        self._started = self._last
 
     def lap(self, section: str) -> float:
         """Charge the time since the last lap to ``section``; returns the seconds."""
+        if self._wait is not None:
+            self._wait()
         now = time.perf_counter()
         passed, self._last = now - self._last, now
         self._sections[section] = self._sections.get(section, 0.0) + passed
@@ -98,7 +109,15 @@ class Stopwatch:
     def pop(self) -> dict[str, float]:
         """Seconds by section since the last pop."""
         sections, self._sections = self._sections, {}
+        for section, seconds in sections.items():
+            self._totals[section] = self._totals.get(section, 0.0) + seconds
         return sections
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """Seconds by section from the very beginning to the last lap."""
+        names = (*self._totals, *(name for name in self._sections if name not in self._totals))
+        return {name: self._totals.get(name, 0.0) + self._sections.get(name, 0.0) for name in names}
 
 
 class MetricMeans:

@@ -14,11 +14,10 @@ from rlplastic.errors import LogWriteError
 from rlplastic.evaluation import Evaluation, evaluate
 from rlplastic.session import Session
 from rlplastic.terminal import Moment, Status, View
+from rlplastic.time_profile import LEARNING
 from rlplastic.tracking import SECTIONS, EvaluationRow, TimingRow, Tracker
 
 RECENT_EPISODES = 100
-COMPILED_UPDATES = 2
-"""Updates that may compile: the first with an actor step and the first without."""
 
 
 class Reporter:
@@ -34,7 +33,7 @@ class Reporter:
         self._shown_evaluation = tracker.last_evaluation()
         self._recent: deque[float] = deque(maxlen=RECENT_EPISODES)
         self._logged_transitions = session.progress.transitions
-        self._logged_updates = self._first_update = session.agent.updates
+        self._logged_updates = session.agent.updates
         self._unwritten = False
         self._finished = False
         view.watch(self._moment, self._status(None, None, {}))
@@ -47,7 +46,7 @@ class Reporter:
             phase = "finishing"
         elif progress.transitions < session.replay_ratio.minimum:
             phase = "collecting"
-        elif session.config.compile == "on" and session.agent.updates < self._first_update + COMPILED_UPDATES:
+        elif session.compiling:
             phase = "compiling"
         return Moment(phase, progress.transitions, progress.train_seconds / 60, session.agent.updates)
 
@@ -80,6 +79,7 @@ class Reporter:
         sections = session.watch.pop()
         total = max(sum(sections.values()), 1e-9)
         training = max(total - sections.get("evaluate", 0.0), 1e-9)
+        sections["learn"] = sum(sections.get(name, 0.0) for name in LEARNING)
         fractions = {f"fraction_{name}": sections.get(name, 0.0) / total for name in SECTIONS}
         env_rate = (progress.transitions - self._logged_transitions) / training
         update_rate = (session.agent.updates - self._logged_updates) / training

@@ -38,6 +38,8 @@ MAX_SEGMENTS = 128
 """Segments a checkpoint may list before the whole replay is written anew as one."""
 TIME_LIMITS_BETWEEN_REBUILDS = 20
 DEFAULT_TIME_LIMIT = 1000
+COMPILED_UPDATES = 2
+"""Updates of a process that compile: the first with an actor step and the first without."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,15 @@ class Session:
     """Every vector of actions since the environments were built."""
     received: tuple[NDArray[np.float32], Step, NDArray[np.bool_]] | None = None
     """The newest actions, answer and (N,) validity, until they are stored: that can wait for the next simulation."""
+    first_update: int = 0
+    """The agent's updates when this process began."""
     _segments: tuple[Segment, ...] = ()
     _saved_actions: int = 0
+
+    @property
+    def compiling(self) -> bool:
+        """Whether the next update compiles something."""
+        return self.config.compile == "on" and self.agent.updates < self.first_update + COMPILED_UPDATES
 
     # Environments
 
@@ -182,6 +191,7 @@ class Session:
         for name, value in loaded.documents["progress"].items():
             setattr(self.progress, name, value)
         self.agent.load_state_dict(loaded.tensors("agent"))
+        self.first_update = self.agent.updates
         replay = self.replay
         replay.clear()
         actions: dict[int, NDArray[np.float32]] = {}

@@ -15,9 +15,10 @@ def main(arguments: Sequence[str]) -> None:
     if any(argument.startswith("-") for argument in arguments):
         _through_hydra(arguments)
         return
+    from rlplastic.resources import process_age
     from rlplastic.training import train_agent
 
-    train_agent(arguments)
+    train_agent(arguments, spent=process_age())
 
 
 def _through_hydra(arguments: Sequence[str]) -> None:

@@ -6,11 +6,13 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from rlplastic import time_profile
 from rlplastic.agents import make_agent
 from rlplastic.checkpoint import CheckpointStore, Loaded
 from rlplastic.command_line import override_key
@@ -21,7 +23,7 @@ from rlplastic.evaluation import Evaluation
 from rlplastic.initialisation import initialise
 from rlplastic.loop import train
 from rlplastic.presets import MACHINE_KEYS, Choice, Machine, machine_from, probe_machine, resolve
-from rlplastic.progress import Budget, Progress
+from rlplastic.progress import Budget, Progress, Stopwatch
 from rlplastic.replay import memory
 from rlplastic.reporting import Reporter
 from rlplastic.run_directory import RunDirectory, default_name
@@ -40,6 +42,7 @@ IDENTITY_IGNORES = (
     "accept_machine",
     "runs",
     "name",
+    "profile",
 )
 """Settings that do not make a run a different one: stop conditions, cadences, logging, and where it lies."""
 
@@ -60,16 +63,18 @@ class Result:
     """The final evaluation, also if the run had been finished before."""
 
 
-def train_agent(overrides: Sequence[str] = (), *, quiet: bool = False) -> Result:
+def train_agent(overrides: Sequence[str] = (), *, quiet: bool = False, spent: float = 0.0) -> Result:
     """Train as ``python -m rlplastic.train <overrides>`` does; rerunning resumes.
 
     Args:
         overrides: ``key=value`` strings, such as ``["env=pendulum", "env_steps=10000"]``.
         quiet: print nothing but warnings.
+        spent: seconds that went before this call and count for the profile.
 
     Raises:
         RlplasticError: one of `rlplastic.errors`, each with one sentence.
     """
+    began = time.perf_counter() - spent
     asked = compose(overrides)
     view = View(live=asked.tracking.live, quiet=quiet)
     name = asked.name or name_of(overrides, asked.seed)
@@ -81,7 +86,7 @@ def train_agent(overrides: Sequence[str] = (), *, quiet: bool = False) -> Result
     run = RunDirectory.open(asked.runs, name, asdict(config), fresh=asked.fresh, ignore=ignore)
     with run as directory, telling_of_memory(MEMORY_REMEDY):
         directory.write("machine.json", json.dumps(asdict(machine), indent=1))
-        return _train(config, choices, directory, view)
+        return _train(config, choices, directory, view, began)
 
 
 def name_of(overrides: Sequence[str], seed: int) -> str:
@@ -117,7 +122,7 @@ def _machine(asked: Config, path: Path) -> tuple[Machine, list[str]]:
     return now, [f"the machine changed ({'; '.join(differences)}): this resume is not exact"]
 
 
-def _train(config: Config, choices: list[Choice], directory: RunDirectory, view: View) -> Result:
+def _train(config: Config, choices: list[Choice], directory: RunDirectory, view: View, began: float) -> Result:
     from rlplastic import acceleration
 
     store = CheckpointStore(directory.path / "checkpoints", config.checkpoint.keep, warn=view.warn)
@@ -128,6 +133,8 @@ def _train(config: Config, choices: list[Choice], directory: RunDirectory, view:
             return _finished(loaded, directory, view)
     transform = acceleration.apply(config)
     session = build(config, directory, partial(make_agent, compile=transform), store)
+    session.watch = Stopwatch(began, acceleration.barrier(config.device) if config.profile else None)
+    session.watch.lap("start")
     try:
         if session.envs.max_episode_steps is None:
             view.warn(
@@ -139,6 +146,7 @@ def _train(config: Config, choices: list[Choice], directory: RunDirectory, view:
             source = f"a new run from {initialise(session, config.init_from, config.init_what)}"
         if loaded is not None:
             source = f"{loaded.path.name}, {session.restore(loaded, view.warn, view.track)}"
+            session.watch.lap("resume")
         for sentence in directory.cut_back(loaded.documents["logs"] if loaded else {}):
             view.warn(sentence)
         if directory.moved_to is not None:
@@ -153,6 +161,8 @@ def _train(config: Config, choices: list[Choice], directory: RunDirectory, view:
             if config.tracking.video:
                 _record(session, tracker, view)
         _say_where(directory, view)
+        if config.profile:
+            _tell_profile(session, view)
         if session.agent.updates == 0:
             view.warn(
                 f"nothing was learned: replay.minimum={config.replay.minimum:,} transitions come before the first "
@@ -161,6 +171,13 @@ def _train(config: Config, choices: list[Choice], directory: RunDirectory, view:
         return Result(directory.path, session.progress.transitions, session.agent.updates, reporter.last_evaluation)
     finally:
         session.envs.close()
+
+
+def _tell_profile(session: Session, view: View) -> None:
+    session.watch.lap("finish")
+    session.directory.write("profile.json", json.dumps(time_profile.document(session.watch.totals), indent=1))
+    for line in time_profile.table(session.watch.totals):
+        view.note(line)
 
 
 def _finished(loaded: Loaded, directory: RunDirectory, view: View) -> Result:

@@ -141,6 +141,7 @@ def test_published_settings_are_exactly_the_published_table() -> None:
         ) == expected
         assert (config.agent.critic_width, config.agent.actor_width, config.agent.num_blocks) == (256, 128, 2)
         assert (config.schedule.kind, config.agent.n_step, config.agent.actor_every) == ("horizon", 1, 2)
+        assert not config.overlap  # published: act, step, store, update, one after the other
 
 
 def test_the_command_line_wins_over_a_preset() -> None:

@@ -73,10 +73,11 @@ def test_stopping_at_half_the_budget_and_going_on_equals_never_stopping(
         ["replay.holdout=0.4", "agent.n_step=3", "replay.observation_dtype=bfloat16"],
         ["replay.prioritised=true", "replay.holdout=0.4"],
         ["replay.half_life=100", "replay.observation_dtype=int8"],
+        ["overlap=false"],
     ],
-    ids=["held-out episodes", "priorities", "recency"],
+    ids=["held-out episodes", "priorities", "recency", "one after the other"],
 )
-def test_other_ways_to_draw_resume_bit_for_bit_too(tmp_path: Path, options: list[str]) -> None:
+def test_other_ways_to_draw_and_to_step_resume_bit_for_bit_too(tmp_path: Path, options: list[str]) -> None:
     options = [*options, "schedule=horizon", "schedule.horizon=1000", "evaluation.every=0"]
     trained(tmp_path / "halves", "env_steps=300", *options)
     halves, whole = trained(tmp_path / "halves", *options), trained(tmp_path / "whole", *options)

@@ -71,11 +71,23 @@ def test_sections_add_up_to_all_of_the_wall_time() -> None:
     assert watch.pop() == {}
 
 
-def test_what_passed_before_the_start_belongs_to_no_section() -> None:
-    watch = Stopwatch()
+def test_what_passed_before_the_start_is_only_in_the_totals() -> None:
+    began = time.perf_counter()
+    watch = Stopwatch(began)
     time.sleep(0.05)
     watch.start()
     assert watch.lap("act") < 0.04
+    assert watch.elapsed < 0.04
+    assert list(watch.pop()) == ["act"]
+    watch.lap("env")
+    assert list(watch.totals) == ["start", "act", "env"]
+    assert watch.totals["start"] >= 0.05
+    assert sum(watch.totals.values()) == pytest.approx(time.perf_counter() - began, abs=0.01)
+
+
+def test_a_device_is_waited_for_before_every_reading() -> None:
+    watch = Stopwatch(wait=lambda: time.sleep(0.01))
+    assert watch.lap("update") >= 0.01
 
 
 def test_metric_means_are_those_since_the_last_pop_and_survive_a_checkpoint() -> None:

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from rlplastic import reporting, tracking, train_agent
 from rlplastic.errors import LogWriteError
 from rlplastic.progress import Progress
+from rlplastic.session import Session
 from rlplastic.terminal import Moment, Status, View
 
 
@@ -116,11 +117,18 @@ def test_the_view_knows_what_the_run_is_doing(tmp_path: Path, monkeypatch: pytes
     assert set(phases) == {"evaluating", "saving"}
 
 
+class Fake(SimpleNamespace):
+    """A session of which only this much is real."""
+
+    compiling = Session.compiling
+
+
 def test_updates_that_may_compile_are_told_as_such_after_every_start(monkeypatch: pytest.MonkeyPatch) -> None:
     for first in (0, 5000):
-        session = SimpleNamespace(
+        session = Fake(
             progress=Progress(transitions=900, train_seconds=30.0),
             agent=SimpleNamespace(updates=first),
+            first_update=first,
             config=SimpleNamespace(compile="on"),
             replay_ratio=SimpleNamespace(minimum=1000),
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import gymnasium
@@ -340,3 +342,19 @@ def test_a_reader_that_leaves_does_not_end_the_run(tmp_path: Path) -> None:
         assert process.stderr.read() == ""
     assert process.returncode == 0
     assert (tmp_path / "run" / "checkpoints" / "step_000000000600").is_dir()
+
+
+def test_the_sections_of_a_profile_add_up_to_all_of_the_wall_time(tmp_path: Path) -> None:
+    began = time.perf_counter()
+    result = run(*SMALL, f"runs={tmp_path}", "name=run", "profile=true")
+    wall = time.perf_counter() - began
+    assert result.returncode == 0, result.stderr
+    profile = json.loads((tmp_path / "run" / "profile.json").read_text())
+    parts = profile["sections"]
+    assert sum(part["seconds"] for part in parts.values()) == pytest.approx(profile["wall_seconds"])
+    assert sum(part["fraction"] for part in parts.values()) == pytest.approx(1)
+    # What is missing is the interpreter's own end, and what it took this process to start the other.
+    assert 0.8 * wall - 0.5 < profile["wall_seconds"] <= wall + 0.02
+    assert {"start", "act", "env", "store", "sample", "update", "evaluate", "checkpoint", "finish"} <= set(parts)
+    told = [line.split()[0] for line in result.stdout.splitlines() if line.startswith("  ")]
+    assert told[-len(parts) :] == list(parts)
