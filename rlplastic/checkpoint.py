@@ -46,7 +46,7 @@ from rlplastic.errors import (
     SegmentMissingError,
     nearest,
 )
-from rlplastic.run_directory import sync_directory
+from rlplastic.run_directory import remedy, sync_directory
 
 COMPILER_PREFIX = "_orig_mod"
 """The component that ``torch.compile`` puts into parameter names; stripped, so that checkpoints fit any build."""
@@ -173,7 +173,8 @@ class CheckpointStore:
         except OSError as error:
             raise CheckpointWriteError(
                 f"checkpoint {final} could not be written ({error.strerror or error}); earlier checkpoints are "
-                "untouched: free space on the disk or restore the permission, then rerun the command to resume"
+                # A run goes on after this, unless it was its last checkpoint.
+                f"untouched: {remedy(error)} before the next save, or before rerunning the command"
             ) from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
