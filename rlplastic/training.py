@@ -211,7 +211,8 @@ def _record(session: Session, tracker: Tracker, view: View) -> None:
 
     step = session.progress.transitions
     path = session.directory.path / "videos" / f"step_{step:012d}.mp4"
-    problem = record(session.agent.act, session.config.env, path, seed=session.config.seed)
+    with view.during("filming"):
+        problem = record(session.agent.act, session.config.env, path, seed=session.config.seed)
     if problem:
         view.note(f"no video: {problem}")
         return

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import errno
+import io
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 from small_runs import SMALL, final_state
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -142,3 +145,20 @@ def test_updates_that_may_compile_are_told_as_such_after_every_start(monkeypatch
             session.agent.updates = first + updates
             told.append(reporter._moment().phase)
         assert told == ["compiling", "compiling", "learning", "learning"]
+
+
+def test_a_live_view_says_that_it_films_while_it_films(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    console = Console(force_terminal=True, width=80, file=shown, color_system=None)
+    monkeypatch.setattr("rlplastic.training.View", lambda live, quiet: View(console=console))
+
+    def record(act: object, env: object, path: Path, *, seed: int) -> str:
+        deadline = time.monotonic() + 20
+        while "filming" not in shown.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return "a test needs none"
+
+    monkeypatch.setattr("rlplastic.video.record", record)
+    train_agent([*SMALL, "env_steps=300", "tracking.video=true", f"runs={tmp_path}", "name=run"])
+    assert "filming" in shown.getvalue()
+    assert "no video: a test needs none" in shown.getvalue()
