@@ -38,9 +38,6 @@ def compose(overrides: Sequence[str]) -> Config:
     from hydra.errors import HydraException
 
     register()
-    for override in overrides:
-        if "=" not in override and not override.startswith("~"):  # what begins with ~ is refused below, whole
-            raise ConfigurationError(f"{override!r} is not of the form key=value; for example env=hopper")
     refuse_unknown(overrides)
     GlobalHydra.instance().clear()
     try:
@@ -83,7 +80,9 @@ def in_hydra_grammar(overrides: Sequence[str]) -> list[str]:
 
 
 def refuse_unknown(overrides: Sequence[str]) -> None:
-    """Refuse what Hydra would take without a word: keys that no schema has behind a `+`, parts left out, odd choices.
+    """Refuse what Hydra takes without a word: keys that no schema has behind a `+`, parts left out, odd choices.
+
+    What is not `key=value` at all is refused here too: in a sweep Hydra has words of its own for it.
 
     Raises:
         ConfigurationError: naming the nearest known key, or the choices.
@@ -95,6 +94,8 @@ def refuse_unknown(overrides: Sequence[str]) -> None:
             raise ConfigurationError(
                 f"{override!r} would leave out a part that every run needs; expected key=value, which sets it"
             )
+        if "=" not in override:
+            raise ConfigurationError(f"{override!r} is not of the form key=value; for example env=hopper")
         if name not in known and not name.startswith((*FREE_KEYS, "hydra")) and not _is_section(name, known):
             raise ConfigurationError(f"unknown key {name!r}; {nearest(name, known)}")
         if name in GROUPS:
@@ -107,10 +108,13 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
     malformed = getattr(error, "override", None)
     if malformed:
         return f"{malformed!r} cannot be read as an override ({first_line(error)}); expected key=value"
-    missing = re.search(r"Could not find '([^'/]+)/([^']+)'", text)
+    missing = re.search(r"Could not find '([^']+)/([^'/]*)'", text)
     if missing:
         group, choice = missing.groups()
-        return _no_choice(group, choice)
+        if group in GROUPS:
+            return _no_choice(group, choice)
+        hint = nearest(choice, re.findall(r"^\t(\w+)$", text, re.MULTILINE))  # what is installed of Hydra's own plugins
+        return f"{group}={choice} is not a choice of {group}; {hint}; for others pip install 'rlplastic[sweeps]'"
     several = [o for o in overrides if "," in o.partition("=")[2]]
     if several and "Ambiguous value" in text:
         return f"{several[0]} lists several values; put -m before it to sweep over them, one run each"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 
 from rlplastic.command_line import run_verb
 from rlplastic.errors import ConfigurationError, Interrupted
@@ -31,14 +33,17 @@ def _through_hydra(arguments: Sequence[str]) -> None:
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
-    from rlplastic.composition import explain, in_hydra_grammar, refuse_unknown
+    from rlplastic.composition import CONFIG_FOLDER, explain, in_hydra_grammar, refuse_unknown
     from rlplastic.config import register
     from rlplastic.training import train_agent
 
     register()
-    refuse_unknown([a for a in arguments if "=" in a and not a.startswith("-")])
+    # Hydra's parser does not take overrides on both sides of its flags.
+    plain = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    flags = [argument for argument in arguments if argument not in plain]
+    refuse_unknown(_overrides([*plain, *flags]))
 
-    @hydra.main(config_path="configs", config_name="config", version_base="1.3")
+    @hydra.main(config_path=str(CONFIG_FOLDER), config_name="config", version_base="1.3")
     def job(composed: DictConfig) -> float | None:
         try:
             result = train_agent(list(HydraConfig.get().overrides.task))
@@ -47,14 +52,40 @@ def _through_hydra(arguments: Sequence[str]) -> None:
             raise SystemExit(error.exit_code) from None
         return result.evaluation.mean if result.evaluation else None
 
-    # Hydra's parser does not take overrides on both sides of its flags.
-    plain = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
-    flags = [argument for argument in arguments if argument not in plain]
     sys.argv = [sys.argv[0], *in_hydra_grammar(plain), *flags]
     try:
         job()
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigurationError(explain(error, [a for a in arguments if "=" in a])) from error
+        raise ConfigurationError(explain(error, plain)) from error
+
+
+def _overrides(arguments: Sequence[str]) -> list[str]:
+    """What Hydra's command line would take as overrides.
+
+    Raises:
+        ConfigurationError: a flag that Hydra does not know, uses otherwise, or that a run would not follow.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    expected = "expected key=value, -m (a sweep), --cfg job (the configuration, printed) or --help"
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            given = get_args_parser().parse_intermixed_args(arguments)
+    except SystemExit as end:
+        if not end.code:  # --version
+            raise
+        reason = said.getvalue().strip().rpartition("error: ")[2]
+        raise ConfigurationError(f"{reason}; {expected}") from None
+    for name in ("config_path", "config_name", "config_dir", "experimental_rerun", "shell_completion"):
+        if getattr(given, name):
+            raise ConfigurationError(
+                f"--{name.replace('_', '-')} does not go with rlplastic's own configuration; {expected}"
+            )
+    if given.resolve and not (given.cfg or given.help):
+        raise ConfigurationError(f"--resolve only changes what --cfg prints; {expected}")
+    overrides: list[str] = given.overrides
+    return overrides
 
 
 if __name__ == "__main__":

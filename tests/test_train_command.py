@@ -195,6 +195,33 @@ def test_a_sweep_trains_every_combination_in_directories_of_their_own(tmp_path: 
 
 
 @pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("-m ~agent", "'~agent' would leave out a part that every run needs; expected key=value, which sets it"),
+        ("preset=debug -m ~agent env=ant", "'~agent' would leave out a part"),
+        ("-m env", "'env' is not of the form key=value; for example env=hopper"),
+        ("-m env=", "env= is not a choice of env; valid names: acrobot_swingup"),
+        ("-m env=hopper,nope", "env=nope is not a choice of env; did you mean 'hopper'?"),
+        ("-m hydra/launcher=nope", "is not a choice of hydra/launcher; valid names: basic"),
+        ("-m seed=range(", "'seed=range(' cannot be read as an override"),
+        ("--nonsense", "unrecognized arguments: --nonsense; expected key=value, -m (a sweep)"),
+        ("--cfg nope", "invalid choice: 'nope' (choose from"),
+        ("env=ant --multirun=3", "ignored explicit argument '3'; expected key=value, -m (a sweep)"),
+        ("-m --config-dir=elsewhere", "--config-dir does not go with rlplastic's own configuration"),
+        ("-m --experimental-rerun job.pickle", "--experimental-rerun does not go with"),
+        ("--resolve", "--resolve only changes what --cfg prints"),
+    ],
+)
+def test_a_misused_sweep_is_refused_in_one_sentence_of_our_own(
+    arguments: str, sentence: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    assert sentence in refused(*arguments.split())
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
     ("poisoned", "culprit"), [("parameter", "action"), ("reward scale", "loss/critic"), ("buffer", "learner's state")]
 )
 def test_a_nan_inside_the_learner_is_named_and_never_saved(
