@@ -75,6 +75,12 @@ class Grid:
     """What the summary tabulates, of `grid_results.COLUMNS`."""
     trainer: list[str] = field(default_factory=lambda: ["python", "-m", "rlplastic.train"])
     """The command that trains; it takes the overrides and writes ``<runs>/<name>/eval.csv``. `python` is this one."""
+    trainers: dict[str, list[str]] = field(default_factory=dict)
+    """The command of the arms that another one than `trainer` trains."""
+    arm_seeds: dict[str, list[int]] = field(default_factory=dict)
+    """The seeds of arms that run at fewer than `seeds`."""
+    packages: list[str] = field(default_factory=list)
+    """Packages whose versions belong beside the results, besides those of every grid."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,13 @@ def load(path: Path) -> Grid:
         for item in value if isinstance(value, list) else [value]:
             if item not in valid:
                 raise ConfigurationError(f"{key}: {item} in {path} is not one of {', '.join(map(str, valid))}")
+    for key, per_arm in (("trainers", grid.trainers), ("arm_seeds", grid.arm_seeds)):
+        for arm in per_arm:
+            if arm not in grid.arms:
+                raise ConfigurationError(f"{key} in {path} names an arm that is none: {nearest(arm, grid.arms)}")
+    for arm, seeds in grid.arm_seeds.items():
+        if not seeds or not set(seeds) <= set(grid.seeds):
+            raise ConfigurationError(f"arm_seeds of {arm} in {path} are {seeds}: name some of the seeds {grid.seeds}")
     if grid.threads < 1 or len(set(grid.seeds)) != len(grid.seeds):
         raise ConfigurationError(f"{path} needs at least one thread and no seed twice")
     if grid.expected_core_hours > grid.budget_core_hours:
@@ -155,9 +168,11 @@ def plan(grid: Grid, directory: Path) -> list[Run]:
     for seed in grid.seeds:
         for task, of_task in grid.tasks.items():
             for arm, of_arm in grid.arms.items():
+                if seed not in grid.arm_seeds.get(arm, grid.seeds):
+                    continue
                 own = [f"seed={seed}", f"threads={grid.threads}", f"env.threads={grid.threads}"]
                 place = [f"name={task}__{arm}__{seed}", f"runs={shown(directory / 'runs')}"]
-                command = (*grid.trainer, *grid.common, *of_task, *of_arm, *own, *place)
+                command = (*grid.trainers.get(arm, grid.trainer), *grid.common, *of_task, *of_arm, *own, *place)
                 runs.append(Run(task, arm, seed, command))
     return runs
 
@@ -319,7 +334,7 @@ class Runner:
             train_seconds=grid_results.seconds(folder, "train_seconds"),
             jobs=self.jobs,
             machine=grid_results.machine(),
-            versions=grid_results.versions(),
+            versions=grid_results.versions(tuple(self.grid.packages)),
             commit=job.commit,
             command=shlex.join(run.command),
         )
@@ -432,7 +447,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("grid", type=Path, help="the grid's YAML file; everything is written beside it")
     parser.add_argument("--jobs", type=int, choices=(1, 2), help="runs at a time; default: the grid's")
     parser.add_argument("--only", action="append", default=[], metavar="KEY=A,B", help="filter by task, arm or seed")
-    parser.add_argument("--trainer", help="the command that trains, instead of the grid's")
+    parser.add_argument("--trainer", help="the command that trains, instead of the grid's, all arms")
     parser.add_argument("--dry-run", action="store_true", help="print the commands that would run")
     parser.add_argument("--plot-only", action="store_true", help="make the plot and the summary again")
     return parser.parse_args(arguments)
@@ -445,7 +460,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         grid = load(options.grid)
         if options.trainer:
-            grid.trainer = shlex.split(options.trainer)
+            grid.trainer, grid.trainers = shlex.split(options.trainer), {}
         directory, jobs = options.grid.parent, options.jobs or grid.jobs
         runs = plan(grid, directory)
         chosen = select(runs, options.only)

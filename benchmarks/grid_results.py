@@ -36,10 +36,15 @@ from rlplastic.errors import ConfigurationError
 ROOT = Path(__file__).resolve().parents[1]
 NON_FINITE_EXIT = 3
 """A training run stopped on non-finite numbers: a result, the same however often it is run again."""
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
-"""Okabe and Ito's palette, told apart with colour-blind eyes too; yellow is replaced, since it vanishes on white."""
-AXES = {"step": "environment transitions", "updates": "critic updates"}
-"""Columns of ``eval.csv`` that may be a plot's horizontal axis."""
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#882255")
+"""Okabe and Ito's palette, told apart with colour-blind eyes too; yellow is replaced, since it vanishes on white, and
+Tol's wine added."""
+AXES = {
+    "step": "environment transitions",
+    "updates": "critic updates",
+    "train_seconds": "seconds of training, evaluation excluded",
+}
+"""Columns of ``eval.csv`` that may be a plot's horizontal axis; `rlplastic.train` writes all but ``train_seconds``."""
 LETTERS_PER_INCH = 11.0
 """Of a plot's heading in matplotlib's default font, with some to spare for wide letters."""
 
@@ -106,10 +111,10 @@ def machine() -> str:
 
 
 @functools.cache
-def versions() -> str:
-    """Python and the packages a result depends on."""
+def versions(packages: tuple[str, ...] = ()) -> str:
+    """Python and the packages a result depends on, those of ``packages`` too; what is not installed is left out."""
     found = [f"python {platform.python_version()}"]
-    for package in ("rlplastic", "torch", "numpy", "envpool", "mujoco", "gymnasium"):
+    for package in ("rlplastic", "torch", "numpy", "envpool", "mujoco", "gymnasium", *packages):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found.append(f"{package} {importlib.metadata.version(package)}")
     return ", ".join(found)
@@ -266,6 +271,21 @@ def random_policy(directory: Path) -> dict[str, tuple[float, float, float]]:
         return {row["task"]: (float(row[columns[0]]), float(row[columns[1]]), float(row[columns[2]])) for row in table}
 
 
+def _curve(path: Path, axis: str) -> Curve | None:
+    """Evaluation returns over the column ``axis``; None without a file.
+
+    Raises:
+        ConfigurationError: the file has no such column.
+    """
+    table = read_table(path)
+    if not table:
+        return None
+    if axis not in table:
+        there = ", ".join(name for name in AXES if name in table)
+        raise ConfigurationError(f"{path} has no column {axis}, and the grid's x is {axis}: choose one of {there}")
+    return table[axis], table["return_mean"]
+
+
 def _draw_arm(panel: Axes, colour: str, label: str, curves: Sequence[Curve]) -> list[NDArray[np.float64]]:
     """The mean of an arm's runs, dotted once one of them has ended, its band, and the runs; returns what to show."""
     x, mean, half_width = mean_curve(curves)
@@ -322,8 +342,7 @@ def plot(directory: Path, title: str, axis: str, results: Iterable[Result]) -> P
         shown: list[NDArray[np.float64]] = []
         for arm in arms:
             named = [r.name for r in complete if (r.task, r.arm) == (task, arm)]
-            tables = [table for name in named if (table := read_table(directory / "curves" / f"{name}.csv"))]
-            curves = [(table[axis], table["return_mean"]) for table in tables]
+            curves = [curve for name in named if (curve := _curve(directory / "curves" / f"{name}.csv", axis))]
             if curves:
                 label = f"{arm} ({len(curves)} seeds)" if len(curves) > 1 else f"{arm} (1 seed)"
                 shown += _draw_arm(panel, COLOURS[arms.index(arm) % len(COLOURS)], label, curves)

@@ -252,6 +252,29 @@ def test_dry_run_prints_the_commands_and_starts_nothing(
     assert not (path.parent / "runs").exists()
 
 
+def test_an_arm_may_have_its_own_trainer_and_fewer_seeds(write_grid: Writer, grid: ModuleType, tmp_path: Path) -> None:
+    other = tmp_path / "other.py"
+    other.write_text(TRAINER.replace('int(options["seed"])', "1000"))
+    path = write_grid(
+        tasks={"ant": ["evaluations=1"]},
+        trainers={"steep": ["python", str(other)]},
+        arm_seeds={"steep": [1]},
+        packages=["pytest", "no-such-package"],
+    )
+    assert run_grid(path).returncode == 0
+    table = rows(path)
+    assert {name: row["final_mean"] for name, row in table.items()} == {
+        "ant__flat__0": "1",
+        "ant__flat__1": "2",
+        "ant__steep__1": "1010",
+    }
+    assert f"pytest {pytest.__version__}" in table["ant__flat__0"]["versions"]
+    assert "no-such-package" not in table["ant__flat__0"]["versions"]
+    assert "3 of 3 runs finished" in (path.parent / "summary.md").read_text()
+    both = grid.plan(grid.load(path), tmp_path)
+    assert [run.command[1] for run in both if run.arm == "steep"] == [str(other)]
+
+
 def test_plot_only_makes_the_same_summary_from_what_is_committed(write_grid: Writer, grid: ModuleType) -> None:
     path = write_grid(tasks={"ant": ["evaluations=2"]})
     run_grid(path)
@@ -271,13 +294,15 @@ def test_example_in_the_readme_is_a_valid_grid(grid: ModuleType, tmp_path: Path)
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"seed": [1]}, "did you mean 'seeds'?"),
+        ({"seed": [1]}, "did you mean 'seeds'"),
         ({"jobs": 3}, "jobs: 3"),
         ({"jobs": "many"}, "many"),
         ({"columns": ["speed"]}, "columns: speed"),
         ({"seeds": []}, "has no seeds"),
         ({"seeds": [1, 1]}, "no seed twice"),
         ({"arms": {"a__b": []}}, "'a__b'"),
+        ({"trainers": {"steeep": ["python", "x.py"]}}, "did you mean 'steep'"),
+        ({"arm_seeds": {"flat": [2]}}, "name some of the seeds [0, 1]"),
         ({"budget_core_hours": 0.1}, "raise the budget"),
     ],
 )
@@ -384,6 +409,12 @@ def test_the_mean_goes_on_to_the_end_of_the_longest_run_and_says_where_one_has_e
     assert dotted.get_xdata().tolist() == [500.0, 600.0, 700.0, 800.0, 900.0, 1000.0]
     assert dotted.get_ydata() == pytest.approx([4.5, 5.0, 5.5, 6.0, 6.5, 7.0])
     assert "mean once a run has ended (it counts with its last value)" in explained(figure)
+
+
+def test_an_axis_that_the_evaluations_lack_is_refused(draw: Draw, grid: ModuleType, tmp_path: Path) -> None:
+    draw("Steps", {0: line(0)})
+    with pytest.raises(ConfigurationError, match=r"no column train_seconds.* choose one of step$"):
+        grid.grid_results._curve(tmp_path / "curves" / "hopper__flat__0.csv", "train_seconds")
 
 
 def test_a_random_policy_beside_the_results_is_drawn_as_the_floor(draw: Draw, tmp_path: Path) -> None:
