@@ -14,9 +14,12 @@ from omegaconf import MISSING
 from rlplastic.command_line import parse, run_verb
 from rlplastic.errors import ConfigurationError, nearest
 
-SUBJECTS = ("replay", "loop", "update")
+SUBJECTS = ("replay", "loop", "update", "time_to_return")
 """Modules of `rlplastic.benchmarking`; each has ``measure(options) -> rows`` and a ``CAPTION``."""
-LIBRARIES = ("rlplastic", "torch", "numpy", "envpool", "mujoco", "triton", "stable-baselines3", "torchrl")
+LIBRARIES = (
+    *("rlplastic", "torch", "numpy", "envpool", "mujoco", "triton", "gymnasium"),
+    *("stable-baselines3", "sb3-contrib", "sbx-rl", "jax", "torchrl", "skrl"),
+)
 
 
 @dataclass
@@ -24,14 +27,18 @@ class Arguments:
     """Measure a part of rlplastic on this machine; leave it idle meanwhile.
 
     what: replay (sampling beside Stable-Baselines3 and TorchRL, if installed), loop (without learning, beside raw
-    envpool) or update (beside its own matrix products); out: JSON file for the numbers; threads: of torch, all cores if
-    left out; repeats: of every figure, of which the median counts; quick: small sizes, to try the command.
+    envpool), update (beside its own matrix products) or time_to_return (a training beside one of every peer, in a
+    checkout); out: JSON file for the numbers; threads: of torch, all cores if left out; repeats: of every figure, of
+    which the median counts; task and minutes: of time_to_return, the minutes for every contender; quick: small sizes,
+    to try the command.
     """
 
     what: str = MISSING
     out: str | None = None
     threads: int | None = None
     repeats: int = 30
+    task: str = "halfcheetah"
+    minutes: float = 2.0
     quick: bool = False
 
 
@@ -46,6 +53,8 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigurationError(f"what={options.what!r} cannot be measured; {nearest(options.what, SUBJECTS)}")
     if options.repeats < 1 or (options.threads is not None and options.threads < 1):
         raise ConfigurationError("repeats and threads count from 1; expected positive numbers, so give those")
+    if options.minutes <= 0:
+        raise ConfigurationError(f"minutes={options.minutes:g} is no time to train; expected more than 0")
 
     import torch
     from rich.console import Console
