@@ -45,31 +45,37 @@ class Arguments:
 def main(arguments: Sequence[str]) -> None:
     """Measure, print, write.
 
+    The file holds what the table shows and what made it: ``what``, ``command``, ``processor``, ``cores``, ``device``,
+    ``threads`` (of torch), ``versions`` by library, ``caption``, and ``rows``, a dictionary by column for each row.
+
     Raises:
         ConfigurationError: wrong arguments, or a file that cannot be written.
     """
     options = parse(arguments, Arguments, "bench")
     if options.what not in SUBJECTS:
         raise ConfigurationError(f"what={options.what!r} cannot be measured; {nearest(options.what, SUBJECTS)}")
-    if options.repeats < 1 or (options.threads is not None and options.threads < 1):
-        raise ConfigurationError("repeats and threads count from 1; expected positive numbers, so give those")
+    for name, number in (("repeats", options.repeats), ("threads", options.threads)):
+        if number is not None and number < 1:
+            raise ConfigurationError(f"{name}={number} is out of range; expected a number of 1 or more")
     if options.minutes <= 0:
         raise ConfigurationError(f"minutes={options.minutes:g} is no time to train; expected more than 0")
 
     import torch
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from rlplastic.presets import probe_machine
-    from rlplastic.run_directory import write_report
+    from rlplastic.run_directory import require_writable, write_report
 
+    if options.out is not None:  # asked now: a measurement takes minutes, and would be lost
+        require_writable(Path(options.out))
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     subject = import_module(f"rlplastic.benchmarking.{options.what}")
     measure: Callable[[Any], list[dict[str, Any]]] = subject.measure
     rows = measure(options)
     machine = probe_machine("auto")
-    columns = list(rows[0])
+    columns = (Column(name, overflow="fold") for name in rows[0])
     table = Table(*columns, title=options.what, caption=subject.CAPTION)
     for row in rows:
         table.add_row(*(f"{value:,.4g}" if isinstance(value, float) else str(value) for value in row.values()))

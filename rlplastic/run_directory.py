@@ -13,6 +13,7 @@ import json
 import os
 import re
 import socket
+import tempfile
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from datetime import datetime
@@ -229,6 +230,23 @@ def write_report(path: Path, document: Mapping[str, Any], again: str) -> None:
     except OSError as error:
         raise ConfigurationError(
             f"{path} cannot be written ({error.strerror or error}); {remedy(error)} and {again}"
+        ) from error
+
+
+def require_writable(path: Path) -> None:
+    """Refuse a file that could not be written, before the work that is to fill it; an old one is untouched.
+
+    Raises:
+        ConfigurationError: its folder is missing or takes no files, or there is a folder in its place.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path} cannot be written ({error.strerror or error}); {remedy(error)}, or name another file"
         ) from error
 
 

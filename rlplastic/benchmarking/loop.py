@@ -22,20 +22,29 @@ from rlplastic.presets import probe_machine, resolve
 from rlplastic.run_directory import RunDirectory
 from rlplastic.session import build
 
-CHUNK_SECONDS = 0.5
+CHUNK_SECONDS, QUICK_SECONDS = 0.5, 0.05
 CAPTION = "Transitions per second, median over chunks; the loop draws actions, steps, checks, stores and counts."
 
 
 def measure(options: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - the verb's arguments
     """A row for every task and number of environments."""
     tasks = ["hopper"] if options.quick else ["humanoid", "halfcheetah", "hopper"]
-    chunks = 2 if options.quick else options.repeats
+    sizes = [64] if options.quick else [64, 256]
+    chunks, seconds = (2, QUICK_SECONDS) if options.quick else (options.repeats, CHUNK_SECONDS)
     threads = options.threads or probe_machine("cpu").cores
-    return [row(task, envs, threads, chunks) for task in tasks for envs in (64, 256)]
+    return [row(task, envs, threads, chunks, seconds) for task in tasks for envs in sizes]
 
 
-def row(task: str, num_envs: int, threads: int, chunks: int) -> dict[str, Any]:
-    """One task with so many environments: transitions per second of raw envpool and of the loop, and their ratio."""
+def row(task: str, num_envs: int, threads: int, chunks: int, seconds: float) -> dict[str, Any]:
+    """One task with so many environments: transitions per second of raw envpool and of the loop, and their ratio.
+
+    Args:
+        task: short name.
+        num_envs: environments of each.
+        threads: of the simulators.
+        chunks: measured, after one that warms up; the median counts.
+        seconds: of a chunk.
+    """
     import envpool
 
     overrides = [f"env={task}", f"env.num_envs={num_envs}", f"env.threads={threads}", "replay.minimum=900000"]
@@ -61,7 +70,7 @@ def row(task: str, num_envs: int, threads: int, chunks: int) -> dict[str, Any]:
         for index in range(2 * chunks + 2):
             name = "raw" if index % 2 == 0 else "loop"
             started, steps = time.perf_counter(), 0
-            while time.perf_counter() - started < CHUNK_SECONDS:
+            while time.perf_counter() - started < seconds:
                 if name == "raw":
                     raw.step(actions[steps % len(actions)])
                 else:

@@ -6,7 +6,9 @@ turn, so that whatever else the machine does falls on all of them. A batch count
 
 from __future__ import annotations
 
+import logging
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -97,10 +99,11 @@ def _ours(ring: ReplayRing, batch: int, n_step: int) -> Contender:
 def _peers(capacity: int) -> dict[str, Callable[[int, int], Contender]]:
     """Those that are installed, each filled once."""
     peers: dict[str, Callable[[int, int], Contender]] = {}
-    if find_spec("stable_baselines3"):
-        peers["Stable-Baselines3"] = _stable_baselines3(capacity)
-    if find_spec("torchrl"):
-        peers["TorchRL"] = _torchrl(capacity)
+    for name, (module, make) in PEERS.items():
+        if find_spec(module):
+            peers[name] = make(capacity)
+        else:
+            print(f"{name} is not installed, and left out: pip install 'rlplastic[peers]'", file=sys.stderr)
     return peers
 
 
@@ -132,6 +135,7 @@ def _torchrl(capacity: int) -> Callable[[int, int], Contender]:
     from tensordict import TensorDict
     from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
+    logging.getLogger("torchrl").setLevel(logging.WARNING)  # it tells stdout about its storage
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(capacity), batch_size=256)
     steps = 64
     for _ in range(-(-capacity // (steps * ENVS))):
@@ -145,3 +149,7 @@ def _torchrl(capacity: int) -> Callable[[int, int], Contender]:
         )
     size = round(sum(tensor.nbytes for tensor in buffer[:].values(True, True)) / capacity)
     return lambda batch, n_step: (size, lambda: buffer.sample(batch))
+
+
+PEERS = {"Stable-Baselines3": ("stable_baselines3", _stable_baselines3), "TorchRL": ("torchrl", _torchrl)}
+"""Module, and what fills its buffer, by name."""

@@ -31,10 +31,10 @@ def measure(options: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - the verb's 
     threads = options.threads or probe_machine("cpu").cores
     counts = (1, 16) if options.quick else (1, 16, 64, 256, 1024)
     capacities = (10_000, 20_000) if options.quick else (100_000, 1_000_000, 10_000_000)
-    chunks = 2 if options.quick else options.repeats
+    chunks, seconds = (2, loop.QUICK_SECONDS) if options.quick else (options.repeats, loop.CHUNK_SECONDS)
     rows = []
     for count in counts:
-        found = loop.row("halfcheetah", count, threads, chunks)
+        found = loop.row("halfcheetah", count, threads, chunks, seconds)
         rows.append(_row("loop", f"{count:,} environments", 1e6 / found["loop"], f"{found['ratio']:.3f}"))
     times = _replay(capacities, options.repeats)
     for kind in ("sample", "insert"):

@@ -28,10 +28,14 @@ Product = tuple[Any, list[tuple[torch.Size, tuple[int, ...], torch.dtype]]]
 
 
 def measure(options: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - the verb's arguments
-    """A row for every size and precision, compiled where a compiler is found, and eager."""
+    """A row for every size and precision, compiled where a compiler is found, and eager; quick: eager only.
+
+    Compiling takes about a minute for each row.
+    """
     machine = probe_machine("auto")
     sizes = [(32, 64)] if options.quick else [(256, 512), (128, 256), (64, 256)]
-    modes = ["off"] if machine.compiler is None and machine.device == "cpu" else ["on", "off"]
+    eager = options.quick or (machine.compiler is None and machine.device == "cpu")
+    modes = ["off"] if eager else ["on", "off"]
     precisions = ["bf16", "float32"] if machine.bf16_hardware else ["float32"]
     return [
         _row(width, batch, precision, mode, options.repeats)
