@@ -130,7 +130,13 @@ class GymnasiumEnv:
             autoreset, GymnasiumMode.DISABLED
         )
         with _stop_signals_held_back():
-            self._env: Any = vector([make] * num_envs, autoreset_mode=mode)
+            try:
+                self._env: Any = vector([make] * num_envs, autoreset_mode=mode)
+            except (EOFError, ConnectionError) as error:
+                raise EnvironmentContractError(
+                    f"a process of {name} died while it was made, with the traceback above if it left one; mend the "
+                    "environment, or step it in this process with env.vectorization=sync"
+                ) from error
             self._workers = list(getattr(self._env, "processes", ()))
             self._kill_workers = partial(_kill, self._workers)
             # Registered after multiprocessing's own hook and so called before it, which would wait for deaf workers.
@@ -288,13 +294,24 @@ def _kill(workers: list[BaseProcess]) -> None:
 
 
 def _async_vector_env() -> type:
-    """gymnasium's ``AsyncVectorEnv``, but a worker's traceback goes with the exception instead of to stderr."""
+    """gymnasium's ``AsyncVectorEnv``, but a worker's traceback goes with the exception instead of to stderr.
+
+    Where not all workers come to life, the others end at once: at exit they would be waited for, deaf as they are.
+    """
     from gymnasium.vector import AsyncVectorEnv
     from gymnasium.vector.async_vector_env import AsyncState
 
     base: Any = AsyncVectorEnv
 
     class QuietAsyncVectorEnv(base):  # type: ignore[misc]
+        def __init__(self, *arguments: object, **options: object) -> None:
+            try:
+                super().__init__(*arguments, **options)
+            except BaseException:
+                _kill(getattr(self, "processes", []))
+                self.closed = True
+                raise
+
         def _raise_if_errors(self, successes: Iterable[bool]) -> None:
             error: BaseException | None = None
             for _ in range(sum(not success for success in successes)):
@@ -339,11 +356,11 @@ def make_env(env_id: str, kwargs: dict[str, Any]) -> gymnasium.Env[Any, Any]:
     except gymnasium.error.UnregisteredEnv as error:
         raise ConfigurationError(f"gymnasium has no {env_id!r}; {_near_ids(env_id)}") from error
     except (ImportError, gymnasium.error.Error) as error:  # a missing package, or a version that gymnasium dropped
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConfigurationError(f"{env_id} cannot be made ({reason}); install what it needs or use another") from error
     except Exception as error:
         if isinstance(error, TypeError) and kwargs:
-            raise ConfigurationError(f"{env_id} refuses the options {kwargs}: {error}") from error
+            raise ConfigurationError(f"{env_id} refuses the options {kwargs}: {in_words(error)}") from error
         place = raised_at(error)
         raise EnvironmentContractError(
             f"{env_id} raised {in_words(error)} while it was made" + (f", at {place}" if place else "") + "; mend it"

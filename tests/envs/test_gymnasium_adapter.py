@@ -372,6 +372,40 @@ def test_a_process_that_dies_is_told_and_the_others_are_ended(faulty: Callable[.
         assert not worker.is_alive()
 
 
+def test_a_process_that_dies_while_it_is_made_is_told_and_nobody_waits_for_the_others(tmp_path: Path) -> None:
+    """The copies of this process are made, and so is the first of the others."""
+    (tmp_path / "shy_tasks.py").write_text(
+        "import os, pathlib, gymnasium\n"
+        f"home, others = os.getpid(), pathlib.Path({str(tmp_path)!r}) / 'others'\n"
+        "class Shy(gymnasium.Env):\n"
+        "    observation_space = action_space = gymnasium.spaces.Box(-1, 1, (1,))\n"
+        "    def __init__(self):\n"
+        "        if os.getpid() != home:\n"
+        "            with others.open('a') as file:\n"
+        "                file.write('x')\n"
+        "            if others.stat().st_size > 1:\n"
+        "                os._exit(3)\n"
+        "gymnasium.register('Shy-v0', Shy, max_episode_steps=9)\n"
+    )
+    command = [sys.executable, "-m", "rlplastic.envs.checker", "env=gymnasium", "task=shy_tasks:Shy-v0"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [*command, "vectorization=async"], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 2
+    (sentence,) = done.stderr.splitlines()
+    assert sentence.startswith("error: a process of shy_tasks:Shy-v0 died while it was made")
+
+
+def test_a_missing_package_that_says_nothing_is_named_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(*_: object, **__: object) -> None:
+        raise ImportError
+
+    monkeypatch.setattr(gymnasium, "make", make)
+    with pytest.raises(ConfigurationError, match=r"Pendulum-v1 cannot be made \(ImportError\)"):
+        GymnasiumEnv("Pendulum-v1", 1, [0])
+
+
 def test_an_environment_that_cannot_be_closed_says_so_once(faulty: Callable[..., GymnasiumEnv]) -> None:
     told = r"raised OSError: robot unplugged in close\(\)"
     with pytest.raises(EnvironmentContractError, match=told):
