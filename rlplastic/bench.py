@@ -61,11 +61,11 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigurationError(f"minutes={options.minutes:g} is no time to train; expected more than 0")
 
     import torch
-    from rich.console import Console
     from rich.table import Column, Table
 
     from rlplastic.presets import probe_machine
     from rlplastic.run_directory import require_writable, write_report
+    from rlplastic.terminal import standard_console
 
     if options.out is not None:  # asked now: a measurement takes minutes, and would be lost
         require_writable(Path(options.out))
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> None:
     table = Table(*columns, title=options.what, caption=subject.CAPTION)
     for row in rows:
         table.add_row(*(f"{value:,.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)
+    standard_console().print(table)
     document = {
         "what": options.what,
         "command": " ".join(["python -m rlplastic.bench", *arguments]),

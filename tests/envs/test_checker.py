@@ -16,6 +16,7 @@ from rlplastic.command_line import run_verb
 from rlplastic.envs import checker
 from rlplastic.envs.base import AutoresetMode, Observation, Step, check_actions
 from rlplastic.envs.checker import check
+from rlplastic.terminal import standard_console
 
 LIMIT = 9
 
@@ -44,6 +45,12 @@ class ToyEnv:
         self._closed = False
         if fault == "missing attribute":
             del self.max_episode_steps
+        if fault == "text as limit":
+            self.max_episode_steps = "9"  # type: ignore[assignment]
+        if fault == "list of groups":
+            self.observation_dims = [2]  # type: ignore[assignment]
+        if fault == "infinite bounds":
+            self.action_high = np.array([1.0, np.inf])
         if fault == "bounds shape":
             self.action_low = np.zeros(1)
         if fault == "unknown group":
@@ -135,6 +142,8 @@ BROKEN = [
     ("missing attribute", "next_step", "attributes"),
     ("bounds shape", "next_step", "attributes"),
     ("unknown group", "next_step", "attributes"),
+    ("text as limit", "next_step", "attributes"),
+    ("list of groups", "next_step", "attributes"),
     ("float64", "next_step", "shapes"),
     ("narrow", "same_step", "shapes"),
     ("column reward", "next_step", "shapes"),
@@ -154,6 +163,7 @@ BROKEN = [
     ("never ends", "next_step", "time limit"),
     ("global noise", "same_step", "determinism"),
     ("ignores seeds", "next_step", "seeds"),
+    ("infinite bounds", "next_step", "actions"),
     ("takes NaN", "next_step", "actions"),
     ("takes 1.5", "next_step", "actions"),
     ("takes float64", "next_step", "actions"),
@@ -189,8 +199,21 @@ def test_an_exception_while_stepping_is_reported_not_raised() -> None:
         def receive(self) -> Step:
             raise RuntimeError("the simulator died")
 
-    report = check(lambda seeds: Failing(seeds))
+    made: list[Failing] = []
+    report = check(lambda seeds: made.append(Failing(seeds)) or made[-1])
     assert report.status("shapes") == "fail" and "the simulator died" in report.findings[1].sentence
+    assert all(envs._closed for envs in made), "its processes must not outlive the check"
+
+
+def test_the_evidence_is_shown_as_it_is_brackets_and_all(capsys: pytest.CaptureFixture[str]) -> None:
+    class Failing(ToyEnv):
+        def receive(self) -> Step:
+            raise RuntimeError("entry [1] of [/red] is wrong")
+
+    report = check(lambda seeds: Failing(seeds, fault="[bold] move"))
+    standard_console().print(report.table())
+    shown = capsys.readouterr().out
+    assert "toy next_step [bold] move" in shown and "[1]" in shown and "[/red]" in shown
 
 
 def test_the_command_prints_a_table_and_leaves_with_0_or_2(
@@ -242,6 +265,8 @@ def test_a_signal_ends_the_command_with_one_sentence_and_exit_code_130(number: s
         (["env=ant", "steps=many"], "steps=many"),
         (["env=ant", "threads=many"], "many"),
         (["num_envs=2"], "task="),
+        (["env=ant", "num_envs=0"], "num_envs=0 is out of range; expected an integer of at least 1"),
+        (["env=ant", "seed=²"], "seed=² is out of range"),
         (["env=dmc"], "env.task=humanoid-run"),
         (["env=ant", "kwargs.frame_skp=2"], "'frame_skip'"),
     ],
