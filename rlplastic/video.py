@@ -11,7 +11,7 @@ import importlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -71,13 +71,14 @@ def record(
             _film(act, envs, draw, seconds, unfinished, max_steps)
         unfinished.replace(path)
     except Exception as error:  # simulators, drivers and encoders fail in their own ways
+        kind = [] if isinstance(error, RlplasticError) else [type(error).__name__]
+        return " ".join(": ".join(filter(None, [*kind, str(error)])).split())[:300]
+    finally:  # an interrupt passes here, too
         with suppress(OSError):
             unfinished.unlink()
         if is_new:
-            with suppress(OSError):
+            with suppress(OSError):  # not empty: it holds the film
                 path.parent.rmdir()
-        kind = [] if isinstance(error, RlplasticError) else [type(error).__name__]
-        return " ".join(": ".join(filter(None, [*kind, str(error)])).split())[:300]
     return None
 
 
@@ -129,10 +130,13 @@ def _camera(env: EnvConfig, seed: int, size: tuple[int, int]) -> Iterator[tuple[
     if env.backend == "gymnasium":
         _require_frames(env)
         env = replace(env, kwargs={**env.kwargs, "render_mode": "rgb_array"})
-    context = _context(size) if env.backend == "envpool" and env.family != "classic" else None
-    # the adapters keep the simulator's own object, which alone can draw, in `_env` until they are closed
-    envs: Any = make_envs(env, seed=seed, role="eval", num_envs=1)
-    try:
+    # what is made first is freed last: the simulator gives its textures back to the context
+    with ExitStack() as stack:
+        if env.backend == "envpool" and env.family != "classic":
+            stack.callback(_context(size).free)
+        # the adapters keep the simulator's own object, which alone can draw, in `_env` until they are closed
+        envs: Any = make_envs(env, seed=seed, role="eval", num_envs=1)
+        stack.callback(envs.close)
         if env.backend == "gymnasium":
             _aim(envs._env.envs[0].unwrapped, env.kwargs, size)
             yield envs, lambda: envs._env.render()[0], _gymnasium_seconds(envs._env.envs[0])
@@ -140,11 +144,6 @@ def _camera(env: EnvConfig, seed: int, size: tuple[int, int]) -> Iterator[tuple[
             first, camera = np.zeros(1, np.int32), _TRACKING_CAMERA.get(env.family, -1)
             seconds = _envpool_seconds(env, envs._env.spec.config)
             yield envs, lambda: envs._env._render(first, width, height, camera)[0], seconds
-    finally:
-        # the simulator gives its textures back when it is freed, for which the context must still be there
-        envs.close()
-        if context is not None:
-            context.free()
 
 
 def _require_frames(env: EnvConfig) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import gymnasium
@@ -304,6 +305,24 @@ def test_failing_policy_leaves_no_half_film(tmp_path: Path) -> None:
 
     assert record(fails, PENDULUM, tmp_path / "film.mp4", seed=0, size=(160, 128)) == "ZeroDivisionError: halfway"
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_leaves_no_half_film(tmp_path: Path) -> None:
+    def interrupted(observation: dict[str, np.ndarray]) -> np.ndarray:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        record(interrupted, PENDULUM, tmp_path / "videos" / "film.mp4", seed=0, size=(160, 128))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_simulator_that_cannot_be_made_leaves_no_context_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freed: list[bool] = []
+    monkeypatch.setattr(video, "_context", lambda size: SimpleNamespace(free=lambda: freed.append(True)))
+    reason = record(still(3), EnvConfig(task="Hopper-v0"), tmp_path / "film.mp4", seed=0)
+    assert reason is not None and "Hopper-v5" in reason and freed == [True]
 
 
 def test_unwritable_folder_is_a_reason(tmp_path: Path) -> None:
