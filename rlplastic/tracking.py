@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import importlib
 import io
+import itertools
+import math
 import os
 import socket
 import time
@@ -120,6 +122,7 @@ class Tracker:
 
     Raises:
         ConfigurationError: a table in the directory has other columns.
+        LogWriteError: the directory cannot be written.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -145,28 +148,22 @@ class Tracker:
         points = [{"tag": name, "simple_value": float(value)} for name, value in values.items()]
         self._event(step=step, summary={"value": points})
 
-    def text(self, tag: str, text: str, step: int) -> None:
-        """Markdown for TensorBoard's text tab, such as the configuration or a decision and its evidence."""
-        self._event(step=step, summary=_torch_summaries().text(tag, text))
-        self._write()
-
-    def video(self, tag: str, source: Path | NDArray[np.uint8], step: int, frames_per_second: float = 30.0) -> None:
-        """An animation in TensorBoard's image tab.
+    def video(self, tag: str, film: Path, step: int) -> None:
+        """A film as an animation in TensorBoard's image tab, at its own speed.
 
         Args:
             tag: name of the series.
-            source: frames (T, H, W, 3), or a video file to read them from.
+            film: a video file.
             step: environment transitions so far.
-            frames_per_second: speed of playing.
         """
-        if isinstance(source, Path):
-            import imageio.v3
+        import imageio.v3
 
-            source = np.stack(list(imageio.v3.imiter(source)))
-        stride = -(-len(source) // MAX_GIF_FRAMES)
-        height, width = source.shape[1:3]
+        about = imageio.v3.immeta(film, plugin="FFMPEG")
+        stride = max(1, math.ceil(about["fps"] * about["duration"] / MAX_GIF_FRAMES))
+        frames = list(itertools.islice(imageio.v3.imiter(film, plugin="FFMPEG"), 0, None, stride))
+        height, width = frames[0].shape[:2]
         # SummaryWriter.add_video wants moviepy; the event it would write is an image whose bytes are a GIF.
-        gif = _gif(source[::stride], frames_per_second / stride)
+        gif = _gif(frames, about["fps"] / stride)
         picture = {"height": height, "width": width, "colorspace": 3, "encoded_image_string": gif}
         self._event(step=step, summary={"value": [{"tag": tag, "image": picture}]})
         self._write()
@@ -260,7 +257,7 @@ def scalar_layout() -> dict[str, dict[str, list[Any]]]:
     return layout
 
 
-def _gif(frames: NDArray[np.uint8], frames_per_second: float) -> bytes:
+def _gif(frames: list[NDArray[np.uint8]], frames_per_second: float) -> bytes:
     from PIL import Image
 
     first, *rest = (Image.fromarray(frame) for frame in frames)

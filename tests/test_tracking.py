@@ -75,36 +75,31 @@ def test_evaluation_rows_read_back_bit_for_bit(tmp_path: Path) -> None:
         assert np.array(line[3:], np.float64).tobytes() == np.array(row[3:], np.float64).tobytes()
 
 
-def test_scalars_text_and_video_reach_tensorboard(tmp_path: Path) -> None:
-    frames = np.random.default_rng(0).integers(0, 255, (2 * MAX_GIF_FRAMES, 8, 12, 3), dtype=np.uint8)
+def test_scalars_reach_tensorboard(tmp_path: Path) -> None:
     with Tracker(tmp_path) as tracker:
         tracker.scalars(5, {"loss/critic": 0.5, "policy/alpha": 0.25})
         tracker.scalars(10, {"loss/critic": 0.125})
         tracker.evaluation(EvaluationRow(10, 2, 4, 3.0, 1.0, 2.5, 3.5, 100.0))
-        tracker.text("decision", "**nothing** to do", 10)
-        tracker.video("episode", frames, 10, frames_per_second=20)
     assert curve(tmp_path, "loss/critic") == [(5, 0.5), (10, 0.125)]
     assert curve(tmp_path, "eval/return_mean") == [(10, 3.0)] and curve(tmp_path, "eval/return_ci95") == [(10, 0.5)]
-    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
-    assert b"**nothing** to do" in events.Tensors("decision/text_summary")[0].tensor_proto.string_val[0]
-    image = events.Images("episode")[0]
-    from PIL import Image
-
-    with Image.open(io.BytesIO(image.encoded_image_string)) as animation:
-        assert getattr(animation, "n_frames", 0) == MAX_GIF_FRAMES and animation.size == (12, 8)
-        assert animation.info["duration"] == 100  # every second frame, each shown twice as long
 
 
-def test_video_file_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("count", "kept", "milliseconds"), [(5, 5, 80), (2 * MAX_GIF_FRAMES, MAX_GIF_FRAMES, 160)])
+def test_a_film_is_thinned_out_and_keeps_its_speed(tmp_path: Path, count: int, kept: int, milliseconds: int) -> None:
     imageio = pytest.importorskip("imageio.v3", reason="the extra 'video' is not installed")
     pytest.importorskip("imageio_ffmpeg", reason="the extra 'video' is not installed")
-    frames = np.zeros((5, 32, 48, 3), np.uint8)
-    imageio.imwrite(tmp_path / "episode.mp4", frames, fps=10)
+    from PIL import Image
+
+    frames = np.random.default_rng(0).integers(0, 255, (count, 32, 48, 3), dtype=np.uint8)
+    imageio.imwrite(tmp_path / "episode.mp4", frames, fps=12.5)
     (tmp_path / "run").mkdir()
     with Tracker(tmp_path / "run") as tracker:
         tracker.video("episode", tmp_path / "episode.mp4", 1)
-    image = EventAccumulator(str(tmp_path / "run")).Reload().Images("episode")[0]
-    assert (image.width, image.height) == (48, 32) and image.encoded_image_string[:3] == b"GIF"
+    image = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0}).Reload().Images("episode")[0]
+    assert (image.width, image.height) == (48, 32)
+    with Image.open(io.BytesIO(image.encoded_image_string)) as animation:
+        assert getattr(animation, "n_frames", 0) == kept and animation.size == (48, 32)
+        assert animation.info["duration"] == milliseconds
 
 
 def test_resumed_logs_equal_those_of_a_run_that_was_never_interrupted(tmp_path: Path) -> None:
