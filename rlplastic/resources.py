@@ -8,6 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+LIBRARIES = 75_000_000
+"""What learning brings along, measured: scratch space of oneDNN, TensorBoard, an evaluation's environments."""
+COMPILER = 50_000_000
+"""What compiling brings along, measured."""
+
 
 def process_age() -> float:
     """Seconds since this process began, interpreter start and imports included; 0 where the system does not tell."""

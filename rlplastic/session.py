@@ -96,10 +96,20 @@ class Session:
     @property
     def rebuild_is_due(self) -> bool:
         """Whether the environments have been stepped as long as the configuration allows."""
-        every = self.config.env.rebuild_every
-        if every is None:
-            every = TIME_LIMITS_BETWEEN_REBUILDS * (self.envs.max_episode_steps or DEFAULT_TIME_LIMIT)
-        return self.progress.vector_steps - self.progress.built_at >= every
+        return self.progress.vector_steps - self.progress.built_at >= self._rebuild_every
+
+    @property
+    def _rebuild_every(self) -> int:
+        limit = self.envs.max_episode_steps or DEFAULT_TIME_LIMIT
+        return self.config.env.rebuild_every or TIME_LIMITS_BETWEEN_REBUILDS * limit
+
+    @property
+    def logged_action_bytes(self) -> int:
+        """The most that `actions` will hold before the environments are built anew, or the budget is spent."""
+        steps = self._rebuild_every
+        if self.config.env_steps is not None:
+            steps = min(steps, self.config.env_steps // self.envs.num_envs)
+        return steps * self.envs.num_envs * self.envs.action_dim * 4
 
     def store_received(self) -> None:
         """Put the newest answer into reward statistics, replay and the log of actions."""

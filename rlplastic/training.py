@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from rlplastic import time_profile
-from rlplastic.agents import make_agent
+from rlplastic import resources, time_profile
+from rlplastic.agents import make_agent, working_bytes
 from rlplastic.checkpoint import CheckpointStore, Loaded
 from rlplastic.command_line import override_key
 from rlplastic.composition import compose
@@ -151,8 +151,10 @@ def _train(config: Config, choices: list[Choice], directory: RunDirectory, view:
             view.warn(sentence)
         if directory.moved_to is not None:
             view.note(f"the earlier run is now {directory.moved_to}")
+        expected = expected_peak(session)
         if not view.quiet:
-            banner([("run", str(directory.path), source), *describe(session, choices)])
+            memory_row = ("memory", f"{expected / 1e9:.2f} GB", "expected at the peak, replay included")
+            banner([("run", str(directory.path), source), *describe(session, choices), memory_row])
         if config.compile == "on":
             view.note("the first updates compile the learner, which takes about a minute on two cores")
         with Tracker(directory.path) as tracker, view:
@@ -161,6 +163,7 @@ def _train(config: Config, choices: list[Choice], directory: RunDirectory, view:
             if config.tracking.video:
                 _record(session, tracker, view)
         _say_where(directory, view)
+        view.note(f"peak memory: {resources.peak_bytes() / 1e9:.2f} GB; {expected / 1e9:.2f} GB were expected")
         if config.profile:
             _tell_profile(session, view)
         if session.agent.updates == 0:
@@ -218,6 +221,15 @@ def _record(session: Session, tracker: Tracker, view: View) -> None:
         return
     tracker.video("eval/episode", path, step)
     view.note(f"video: {path}")
+
+
+def expected_peak(session: Session) -> int:
+    """Bytes of memory that this process will hold at most: what it holds now, and what learning adds."""
+    config, envs = session.config, session.envs
+    expected = resources.resident_bytes() + resources.LIBRARIES + session.logged_action_bytes
+    if config.device == "cpu":
+        expected += working_bytes(config, envs.observation_dims, envs.action_dim)
+    return expected + (resources.COMPILER if config.compile == "on" else 0)
 
 
 def describe(session: Session, choices: Iterable[Choice]) -> list[tuple[str, str, str]]:

@@ -47,6 +47,21 @@ def parameter_bytes(config: Config, observation_dims: Mapping[str, int], action_
     return 4 * (5 * members * critic + 4 * actor)
 
 
+def working_bytes(config: Config, observation_dims: Mapping[str, int], action_dim: int) -> int:
+    """Bytes that the first updates add on a CPU: gradients, Adam's moments, and activations, kept and in passing.
+
+    An estimate. Of every activation there are about six: before and after its norm, for prediction and target, and
+    their gradients.
+    """
+    agent, members = config.agent, config.critic.num_members
+    assert agent.critic_width and agent.actor_width and config.replay.batch_size, "resolve the configuration first"
+    of_critic = observation_dims.get("critic", observation_dims["policy"]) + action_dim
+    row = members * (of_critic + agent.critic_width * (1 + 5 * agent.num_blocks) + config.critic.num_atoms)
+    row += observation_dims["policy"] + agent.actor_width * (1 + 5 * agent.num_blocks)
+    moments = parameter_bytes(config, observation_dims, action_dim) * 3 // 5
+    return moments + 6 * 4 * row * 2 * config.replay.batch_size
+
+
 def make_agent(
     config: Config,
     observation_dims: Mapping[str, int],
