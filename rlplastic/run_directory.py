@@ -266,6 +266,9 @@ def _acquire(path: Path) -> IO[bytes]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if (path / "lock").stat().st_ino != os.fstat(lock.fileno()).st_ino:
             raise BlockingIOError  # the directory was moved aside between opening and locking
+        lock.truncate(0)
+        started = datetime.now().astimezone().isoformat(timespec="seconds")
+        lock.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started}).encode() + b"\n")
     except (BlockingIOError, FileNotFoundError):
         lock.seek(0)
         holder = _describe_holder(lock.read())
@@ -276,9 +279,6 @@ def _acquire(path: Path) -> IO[bytes]:
     except BaseException:
         lock.close()
         raise
-    lock.truncate(0)
-    started = datetime.now().astimezone().isoformat(timespec="seconds")
-    lock.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started}).encode() + b"\n")
     return lock
 
 

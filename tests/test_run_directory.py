@@ -190,6 +190,20 @@ def test_name_cannot_leave_the_folder_of_runs(tmp_path: Path, name: str) -> None
         RunDirectory.open(tmp_path, name, CONFIG)
 
 
+def test_a_disk_too_full_for_the_name_of_the_holder_leaves_no_lock_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full() -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    saved_run(tmp_path, CONFIG)
+    with monkeypatch.context() as patch, pytest.raises(ConfigurationError, match="free space on the disk") as caught:
+        patch.setattr(socket, "gethostname", full)
+        RunDirectory.open(tmp_path, "run", CONFIG)
+    assert caught.value.__cause__ is not None, "whose frames keep the lock file from being collected"
+    RunDirectory.open(tmp_path, "run", CONFIG).close()
+
+
 def test_place_that_cannot_be_written_is_a_configuration_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match="cannot be written"):
