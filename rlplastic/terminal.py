@@ -172,10 +172,10 @@ class View:
             _print_plain(unfailing(sys.stderr), line)
 
     def track(self, items: Sequence[T], what: str) -> Iterable[T]:
-        """``items`` with a progress bar on a terminal, and one line of announcement elsewhere."""
+        """``items``, with a progress bar in front of a live view, and after a line of announcement elsewhere."""
         if self.quiet:
             return items
-        if not self._console.is_terminal:
+        if self._live is None:
             self.note(f"{what}: {len(items):,}")
             return items
         return rich.progress.track(items, description=what, console=self._console, transient=True)
@@ -210,6 +210,7 @@ class View:
             return Group(Text(line[0]))
         picture: list[RenderableType] = []
         if status.fraction is not None:
+            # Padding ends the line, which the bar itself does not.
             picture.append(Padding(ProgressBar(total=1.0, completed=status.fraction), 0))
             line += [f"{status.fraction:.1%} done", f"{duration(status.seconds_left)} left"]
         head = Table.grid(padding=(0, 1))

@@ -170,6 +170,12 @@ def test_a_quiet_view_shows_warnings_only(capsys: pytest.CaptureFixture[str]) ->
     assert (file.getvalue(), capsys.readouterr().err) == ("", "warning: disk nearly full\n")
 
 
+def test_plain_lines_asked_for_on_a_terminal_have_no_progress_bar() -> None:
+    console, file = terminal()
+    assert list(View(live=False, console=console).track([1, 2], "replaying actions")) == [1, 2]
+    assert file.getvalue() == "replaying actions: 2\n"
+
+
 def test_warnings_beside_a_live_view_reach_a_file_that_standard_error_goes_to(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
