@@ -308,7 +308,7 @@ def _async_vector_env() -> type:
             try:
                 super().__init__(*arguments, **options)
             except BaseException:
-                _kill(getattr(self, "processes", []))
+                _kill([worker for worker in getattr(self, "processes", []) if worker.pid is not None])
                 self.closed = True
                 raise
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -395,6 +397,26 @@ def test_a_process_that_dies_while_it_is_made_is_told_and_nobody_waits_for_the_o
     assert done.returncode == 2
     (sentence,) = done.stderr.splitlines()
     assert sentence.startswith("error: a process of shy_tasks:Shy-v0 died while it was made")
+
+
+def test_where_one_process_cannot_be_started_the_others_end_and_the_reason_is_kept(
+    monkeypatch: pytest.MonkeyPatch, counting_env: Factory
+) -> None:
+    started: list[BaseProcess] = []
+    really = BaseProcess.start
+
+    def start(self: BaseProcess) -> None:
+        if len(started) == 2:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        started.append(self)
+        really(self)
+
+    monkeypatch.setattr(BaseProcess, "start", start)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        GymnasiumEnv.from_factory(counting_env(), 3, SEEDS, "async")
+    for worker in started:
+        worker.join(10)
+        assert not worker.is_alive()
 
 
 def test_a_missing_package_that_says_nothing_is_named_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
