@@ -1,4 +1,4 @@
-"""Speed switches of the learner, set once per process: threads and compilation."""
+"""Speed switches of the learner, set once per process: threads, format of products, compilation."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ Transform = Callable[[Any], Any]
 
 
 def apply(config: Config) -> Transform:
-    """Set the threads of this process; returns what turns a loss function into a compiled one, or leaves it.
+    """Set threads and format of products; returns what turns a loss function into a compiled one, or leaves it.
 
     Raises:
         ConfigurationError: `compile=on` but nothing can be compiled here.
     """
     assert config.threads is not None, "resolve the configuration first"
     torch.set_num_threads(config.threads)
+    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     if config.compile != "on":
         return lambda function: function
     _probe_compiler(config.device)

@@ -203,7 +203,8 @@ class Config:
     device: str = "auto"
     """auto, cpu, cuda or cuda:<index>."""
     precision: str = "auto"
-    """float32, or bf16: products in bfloat16, all else in float32; auto: bf16 where the hardware multiplies it."""
+    """float32; bf16: products in bfloat16, all else in float32; tf32: products in TensorFloat-32, on NVIDIA GPUs only;
+    auto: bf16 where the hardware multiplies it, else float32."""
     kernels: str = "auto"
     """triton, torch, or auto: Triton on a GPU where a probe kernel runs, torch elsewhere."""
     compile: str = "auto"

@@ -281,7 +281,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "replay.observation_dtype": ("float32", "float16", "bfloat16", "int8"),
     "replay.device": ("learner", "pinned"),
     "kernels": ("auto", "triton", "torch"),
-    "precision": ("auto", "float32", "bf16"),
+    "precision": ("auto", "float32", "tf32", "bf16"),
     "compile": ("auto", "on", "off"),
     "resume": ("exact", "fresh"),
 }
@@ -353,6 +353,10 @@ def _check_sizes(config: Config) -> None:
     if config.replay.device == "pinned" and config.replay.prioritised:
         raise ConfigurationError(
             "replay.prioritised keeps its priorities on the learner's device; expected replay.device=learner with it"
+        )
+    if config.precision == "tf32" and not config.device.startswith("cuda"):
+        raise ConfigurationError(
+            f"precision=tf32 is a format of NVIDIA GPUs, but device={config.device}; use float32 or bf16 there"
         )
     if config.replay.device == "pinned" and not config.device.startswith("cuda"):
         raise ConfigurationError(

@@ -32,6 +32,7 @@ from rlplastic.progress import Budget, MetricMeans, Progress, ReplayRatio, Stopw
 from rlplastic.replay import Holdout, Prioritisation, ReplayRing, Sampler
 from rlplastic.replay.memory import available_memory
 from rlplastic.replay.prefetch import PrefetchingSampler
+from rlplastic.resources import resident_bytes
 from rlplastic.run_directory import RunDirectory
 
 MAX_SEGMENTS = 128
@@ -83,6 +84,8 @@ class Session:
     """The newest actions, answer and (N,) validity, until they are stored: that can wait for the next simulation."""
     first_update: int = 0
     """The agent's updates when this process began."""
+    environment_bytes: int = 0
+    """What one environment added to the memory of this process, as it was built and reset."""
     _segments: tuple[Segment, ...] = ()
     _saved_actions: int = 0
 
@@ -268,9 +271,14 @@ def build(config: Config, directory: RunDirectory, make_agent: Callable[..., Age
     Raises:
         ConfigurationError: the task is unknown, or the replay does not fit into memory.
     """
+    before = resident_bytes()
     envs = make_envs(config.env, seed=config.seed, role="train")
     try:
-        return _build(copy.deepcopy(config), directory, make_agent, store, envs)
+        observation = envs.reset()
+        each = max(resident_bytes() - before, 0) // envs.num_envs
+        session = _build(copy.deepcopy(config), directory, make_agent, store, envs, observation)
+        session.environment_bytes = each
+        return session
     except BaseException:
         envs.close()
         raise
@@ -311,7 +319,12 @@ def _replay(config: Config, envs: VectorEnv) -> tuple[ReplayRing, Sampler | Pref
 
 
 def _build(
-    config: Config, directory: RunDirectory, make_agent: Callable[..., Agent], store: CheckpointStore, envs: VectorEnv
+    config: Config,
+    directory: RunDirectory,
+    make_agent: Callable[..., Agent],
+    store: CheckpointStore,
+    envs: VectorEnv,
+    observation: Observation,
 ) -> Session:
     settings = config.replay
     assert settings.minimum and config.replay_ratio
@@ -330,7 +343,6 @@ def _build(
     minimum = 0 if "replay" in taken else settings.minimum
     progress = Progress()
     guard = Guard(directory.path, replay, progress)
-    observation = envs.reset()
     guard.check_observation(observation)
     replay.begin(observation)
     return Session(

@@ -226,7 +226,9 @@ def _record(session: Session, tracker: Tracker, view: View) -> None:
 def expected_peak(session: Session) -> int:
     """Bytes of memory that this process will hold at most: what it holds now, and what learning adds."""
     config, envs = session.config, session.envs
+    evaluated = max(config.evaluation.final_episodes, config.evaluation.episodes if config.evaluation.every else 0)
     expected = resources.resident_bytes() + resources.LIBRARIES + session.logged_action_bytes
+    expected += session.environment_bytes * evaluated
     if config.device == "cpu":
         expected += working_bytes(config, envs.observation_dims, envs.action_dim)
     return expected + (resources.COMPILER if config.compile == "on" else 0)

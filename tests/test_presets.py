@@ -43,6 +43,9 @@ def test_bfloat16_follows_the_hardware_unless_asked() -> None:
     assert resolve(compose([]), machine())[0].precision == "bf16"
     assert resolve(compose([]), machine(bf16_hardware=False))[0].precision == "float32"
     assert resolve(compose(["precision=float32"]), machine())[0].precision == "float32"
+    assert resolve(compose(["precision=tf32"]), machine(device="cuda", device_gigabytes=40.0))[0].precision == "tf32"
+    with pytest.raises(ConfigurationError, match="precision=tf32 is a format of NVIDIA GPUs, but device=cpu"):
+        resolve(compose(["precision=tf32"]), machine())
 
 
 def test_choices_of_an_earlier_start_are_reused_even_if_the_budget_changed() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from small_runs import run
 
-from rlplastic.resources import peak_bytes, process_age, resident_bytes
+from rlplastic.resources import peak_bytes, resident_bytes
 
 SHORT = ["replay.minimum=500", "evaluation.every=0", "threads=1"]
 
