@@ -210,7 +210,7 @@ def rates(agent: FlashSAC) -> dict[str, float]:
         "temperature": learner.temperature_optimizer,
         "critic": learner.critic_optimizer,
     }
-    return {name: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
+    return {name: optimizer.rate for name, optimizer in optimizers.items()}
 
 
 def test_planned_schedule_follows_the_closed_form_of_each_optimizers_own_steps() -> None:

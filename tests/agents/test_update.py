@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlplastic.agents.adam import Adam
 from rlplastic.agents.flashsac import FlashSAC, update
 from rlplastic.agents.flashsac.networks import Critic
 from rlplastic.agents.layers import NormBounds
@@ -32,6 +33,9 @@ def learner_of(seed: int = 0) -> update.Learner:
                 if "weight" not in name and "atoms" not in name:
                     tensor.add_(0.3 * torch.rand(tensor.shape, generator=rng).double())
         learner.log_alpha.data = learner.log_alpha.data.double()
+    learner.actor_optimizer = Adam(learner.actor.parameters())
+    learner.critic_optimizer = Adam(learner.critic.parameters())
+    learner.temperature_optimizer = Adam([learner.log_alpha])
     return learner
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rlplastic import seeding
+from rlplastic.agents.adam import Adam
 from rlplastic.agents.flashsac import update as steps
 from rlplastic.agents.flashsac.exploration import HeldNoise, uniform_actions
 from rlplastic.agents.flashsac.networks import Actor, Critic
@@ -96,18 +97,14 @@ class FlashSAC:
         actor_bounds.project()
         critic_bounds.project()
         log_alpha = nn.Parameter(torch.tensor([config.initial_alpha], device=self.device).log())
-
-        def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-            return torch.optim.Adam(parameters, lr=config.learning_rate, fused=True)
-
         return steps.Learner(
             actor=actor,
             critic=critic,
             target_critic=copy.deepcopy(critic).requires_grad_(False),
             log_alpha=log_alpha,
-            actor_optimizer=adam(list(actor.parameters())),
-            critic_optimizer=adam(list(critic.parameters())),
-            temperature_optimizer=adam([log_alpha]),
+            actor_optimizer=Adam(actor.parameters()),
+            critic_optimizer=Adam(critic.parameters()),
+            temperature_optimizer=Adam([log_alpha]),
             actor_bounds=actor_bounds,
             critic_bounds=critic_bounds,
             actor_loss=compile(steps.actor_loss),
@@ -203,12 +200,13 @@ class FlashSAC:
 
     # State
 
-    def _optimizers(self) -> dict[str, tuple[torch.optim.Optimizer, list[tuple[str, nn.Parameter]]]]:
+    def _optimizers(self) -> dict[str, tuple[Adam, list[str]]]:
+        """Each with the names of its parameters, in its order."""
         learner = self.learner
         return {
-            "actor": (learner.actor_optimizer, list(learner.actor.named_parameters())),
-            "critic": (learner.critic_optimizer, list(learner.critic.named_parameters())),
-            "temperature": (learner.temperature_optimizer, [("log_alpha", learner.log_alpha)]),
+            "actor": (learner.actor_optimizer, [name for name, _ in learner.actor.named_parameters()]),
+            "critic": (learner.critic_optimizer, [name for name, _ in learner.critic.named_parameters()]),
+            "temperature": (learner.temperature_optimizer, ["log_alpha"]),
         }
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -219,9 +217,9 @@ class FlashSAC:
             for entry, value in module.state_dict().items()
         }
         state["temperature.log_alpha"] = self.learner.log_alpha.detach()
-        for name, (optimizer, parameters) in self._optimizers().items():
-            for entry, parameter in parameters:
-                for slot, value in optimizer.state[parameter].items():
+        for name, (optimizer, entries) in self._optimizers().items():
+            for index, entry in enumerate(entries):
+                for slot, value in optimizer.state_of(index).items():
                     state[f"optimizer.{name}.{entry}.{slot}"] = value
         state |= {f"noise.{entry}": value for entry, value in self._noise.state_dict().items()}
         state |= {f"reward.{entry}": value for entry, value in self._scaler.state_dict().items()}
@@ -254,12 +252,9 @@ class FlashSAC:
             module.load_state_dict(_part(state, f"{name}."))
         with torch.no_grad():
             self.learner.log_alpha.copy_(state["temperature.log_alpha"])
-        for name, (optimizer, parameters) in self._optimizers().items():
-            for entry, parameter in parameters:
-                # `step` stays on the CPU for fused Adam on CPU parameters and moves with them otherwise.
-                # Without slots the optimizer has not stepped yet: an empty state makes it start there.
-                slots = _part(state, f"optimizer.{name}.{entry}.")
-                optimizer.state[parameter] = {slot: value.to(self.device).clone() for slot, value in slots.items()}
+        for name, (optimizer, entries) in self._optimizers().items():
+            for index, entry in enumerate(entries):
+                optimizer.load(index, _part(state, f"optimizer.{name}.{entry}."))
         self._noise.load_state_dict(_part(state, "noise."))
         self._scaler.load_state_dict(_part(state, "reward."))
         self.updates = int(state["updates"])

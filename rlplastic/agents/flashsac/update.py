@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlplastic.agents.adam import Adam
 from rlplastic.agents.flashsac.networks import Actor, Critic
 from rlplastic.agents.heads import squashed_sample
 from rlplastic.agents.layers import NormBounds
@@ -61,9 +62,9 @@ class Learner:
     critic: Critic
     target_critic: Critic
     log_alpha: torch.nn.Parameter
-    actor_optimizer: torch.optim.Optimizer
-    critic_optimizer: torch.optim.Optimizer
-    temperature_optimizer: torch.optim.Optimizer
+    actor_optimizer: Adam
+    critic_optimizer: Adam
+    temperature_optimizer: Adam
     actor_bounds: NormBounds
     critic_bounds: NormBounds
     actor_loss: Callable[..., tuple[Tensor, Metrics]]
@@ -170,16 +171,11 @@ def follow(target: Critic, critic: Critic, rate: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(critic.parameters()), rate)
 
 
-def minimise(loss: Tensor, optimizer: torch.optim.Optimizer, rate: float) -> None:
+def minimise(loss: Tensor, optimizer: Adam, rate: float) -> None:
     """One optimizer step at learning rate ``rate``."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    # Straight into .grad: accumulating would copy what a compiled backward pass returns. Only what lies otherwise than
-    # its parameter is copied, since the fused optimizer steps through both as they lie.
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        parameter.grad = gradient.contiguous()
-    optimizer.step()
+    gradients = torch.autograd.grad(loss, optimizer.parameters)
+    # Only what lies otherwise than its parameter is copied: the optimizer steps through both as they lie.
+    optimizer.step([gradient.contiguous() for gradient in gradients], rate)
 
 
 def actor_step(learner: Learner, inputs: Inputs, noise: Tensor, rate: float) -> Metrics:
