@@ -31,6 +31,7 @@ from rlplastic.command_line import run_verb
 from rlplastic.config import EnvConfig
 from rlplastic.errors import ConfigurationError, nearest
 from rlplastic.evaluation import Evaluation, evaluate
+from rlplastic.resources import process_age
 
 CAPTION = (
     "Mean deterministic return of one seed. The clock starts with the process, compilation included, evaluations "
@@ -45,28 +46,20 @@ Act = Callable[[NDArray[np.float32]], NDArray[Any]]
 """A deterministic policy: observations (E, D) to actions (E, A) in [-1, 1], of any float type."""
 
 
-def process_age() -> float:
-    """Seconds since the kernel made this process, to its clock tick (1/100 s).
+class Clock:
+    """Seconds of training: since the process began, less what was spent inside `paused`.
 
     Raises:
-        ConfigurationError: the system has no Linux `/proc` that tells.
+        ConfigurationError: the system does not tell when the process began.
     """
-    try:
-        text = Path("/proc/self/stat").read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigurationError(
-            f"the start of the process cannot be read ({error}); expected Linux with /proc mounted: measure there"
-        ) from error
-    # proc(5): starttime is the 22nd field, in ticks since boot. The 2nd, in brackets, may hold spaces and brackets.
-    ticks = int(text.rpartition(")")[2].split()[19])
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-
-
-class Clock:
-    """Seconds of training: since the process began, less what was spent inside `paused`."""
 
     def __init__(self) -> None:
-        self._zero = time.perf_counter() - process_age()
+        age = process_age()
+        if not age:
+            raise ConfigurationError(
+                "the start of this process is not told here; expected Linux with /proc: measure there"
+            )
+        self._zero = time.perf_counter() - age
         self._paused = 0.0
 
     @property
