@@ -57,7 +57,7 @@ class Clock:
         age = process_age()
         if not age:
             raise ConfigurationError(
-                "the start of this process is not told here; expected Linux with /proc: measure there"
+                "when this process began is not told here; expected Linux with /proc: measure there"
             )
         self._zero = time.perf_counter() - age
         self._paused = 0.0
