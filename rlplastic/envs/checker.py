@@ -466,15 +466,16 @@ def main(arguments: Sequence[str]) -> None:
         ConfigurationError: the arguments name no environment that can be built.
         EnvironmentContractError: a check failed.
     """
+    from rich.console import Console
+
     from rlplastic.envs import build_envs
-    from rlplastic.terminal import standard_console
 
     if any(argument in ("-h", "--help") for argument in arguments):
         print("usage: python -m rlplastic.envs.checker env=<short name> | task=<name> [family=…] [backend=gymnasium] …")
         return
     config, numbers = _configuration(arguments)
     report = check(partial(build_envs, config), numbers["num_envs"], numbers["steps"] or None, numbers["seed"])
-    standard_console().print(report.table())
+    Console().print(report.table())
     if not report.passed:
         failed = ", ".join(finding.name for finding in report.findings if finding.status == "fail")
         raise EnvironmentContractError(f"{config.task} breaks the contract ({failed}); the table says what to mend")
