@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from synchronisation import no_synchronisation
 
 from rlplastic.agents import make_agent, parameter_bytes
 from rlplastic.agents.flashsac import FlashSAC, update
@@ -16,6 +17,7 @@ from rlplastic.composition import compose
 from rlplastic.config import AgentConfig, CriticConfig
 from rlplastic.envs.base import Step
 from rlplastic.presets import probe_machine, resolve
+from rlplastic.progress import MetricMeans
 from rlplastic.replay.sample import Batch
 
 DIMS = {"policy": 3, "critic": 5}
@@ -40,6 +42,15 @@ def batch_of(index: int = 0, dims: dict[str, int] = DIMS) -> Batch:
         discount=0.99 * (torch.rand(ROWS, generator=rng) < 0.8).float(),
         next_observation=groups(),
         rows=torch.zeros(ROWS, dtype=torch.int64),
+    )
+
+
+def on_gpu(batch: Batch) -> Batch:
+    return replace(
+        batch,
+        **{name: getattr(batch, name).cuda() for name in ("action", "reward", "discount", "rows")},
+        observation={name: value.cuda() for name, value in batch.observation.items()},
+        next_observation={name: value.cuda() for name, value in batch.next_observation.items()},
     )
 
 
@@ -319,6 +330,30 @@ def test_losses_are_what_is_compiled() -> None:
     assert compiled == [update.actor_loss, update.critic_loss]
 
 
+def test_updates_and_their_metrics_never_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent, means, batches = agent_of(), MetricMeans(), [batch_of(index) for index in range(4)]
+    with no_synchronisation(monkeypatch):
+        for batch in batches:
+            means.add(agent.update(replace(batch, weight=torch.ones(ROWS)), 0.5))
+            assert agent.td_error is not None
+            agent.norms()
+
+
+@pytest.mark.gpu
+def test_updates_never_wait_for_a_real_device() -> None:
+    config = AgentConfig(critic_width=16, actor_width=8, gamma=0.99)
+    agent = FlashSAC(DIMS, ACTIONS, ENVS, config, CriticConfig(num_atoms=11), device="cuda")
+    batches = [on_gpu(batch_of(index)) for index in range(6)]
+    for batch in batches[:2]:  # loading kernels may wait
+        agent.update(batch, 0.5)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches[2:]:
+            agent.update(batch, 0.5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.gpu
 def test_state_moves_between_devices_and_continues() -> None:
     cpu = agent_of()
@@ -328,14 +363,8 @@ def test_state_moves_between_devices_and_continues() -> None:
     cuda.load_state_dict(cpu.state_dict())
     np.testing.assert_allclose(cuda.act(observation_of(0)), cpu.act(observation_of(0)), atol=1e-5)
     batch = batch_of()
-    moved = replace(
-        batch,
-        **{name: getattr(batch, name).cuda() for name in ("action", "reward", "discount", "rows")},
-        observation={name: value.cuda() for name, value in batch.observation.items()},
-        next_observation={name: value.cuda() for name, value in batch.next_observation.items()},
-    )
     for _ in range(2):
-        assert math.isfinite(float(cuda.update(moved, 0.0)["loss/critic"]))
+        assert math.isfinite(float(cuda.update(on_gpu(batch), 0.0)["loss/critic"]))
     restored = agent_of()
     restored.load_state_dict(cuda.state_dict())
     restored.update(batch, 0.0)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from replay_oracle import Simulation, against_the_list, every_transition, uneven_ring
-from torch.utils._python_dispatch import TorchDispatchMode
+from synchronisation import no_synchronisation
 
 from rlplastic.envs.base import AutoresetMode, Step
 from rlplastic.errors import ConfigurationError
@@ -237,19 +235,6 @@ def test_batches_are_float32_whatever_the_storage(dtype: str) -> None:
     assert envs.check(batch, ring.num_slots, 2, 0.5)  # the simulated numbers are exact in both
 
 
-class NoSynchronisation(TorchDispatchMode):
-    """Refuses the operators that make the host wait for a device, whatever Python method reaches them."""
-
-    waiting = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_to_cpu", "unique")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        assert name not in self.waiting, f"aten::{name} waits for the device"
-        indices = args[1] if name in ("index", "index_put", "index_put_") else []
-        assert not any(index is not None and index.dtype == torch.bool for index in indices), "a mask as an index waits"
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("n_step", [1, 3])
 @pytest.mark.parametrize("autoreset", [NEXT_STEP, SAME_STEP])
 def test_sampling_and_adding_never_wait_for_the_device(
@@ -263,13 +248,7 @@ def test_sampling_and_adding_never_wait_for_the_device(
     ]
     scale = torch.tensor(0.5)
 
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise AssertionError("this call makes the host wait for the device")
-
-    names = ("item", "cpu", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__array__")
-    for name in names:
-        monkeypatch.setattr(torch.Tensor, name, refuse)
-    with NoSynchronisation():
+    with no_synchronisation(monkeypatch):
         envs.begin(ring)
         for draw in range(30):
             envs.step(ring)
