@@ -9,7 +9,7 @@ import torch
 
 from rlplastic import seeding
 from rlplastic.agents.flashsac import FlashSAC
-from rlplastic.agents.flashsac.update import Inputs
+from rlplastic.agents.steps import Inputs
 from rlplastic.config import AgentConfig, CriticConfig
 
 OBSERVATIONS, ACTIONS, ROWS, UPDATES = 6, 2, 32, 100

@@ -9,7 +9,8 @@ import pytest
 import torch
 from scipy import stats
 
-from rlplastic.agents.flashsac.exploration import HeldNoise, hold_probabilities, uniform_actions
+from rlplastic.agents.exploration import uniform_actions
+from rlplastic.agents.flashsac.exploration import HeldNoise, hold_probabilities
 
 LONGEST = 16
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlplastic.agents.flashsac import FlashSAC
-from rlplastic.agents.flashsac.update import Inputs
+from rlplastic.agents.steps import Inputs
 from rlplastic.config import AgentConfig, CriticConfig
 
 GOLDEN = Path(__file__).parents[1] / "data" / "flashsac_golden.npz"

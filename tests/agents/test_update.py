@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlplastic.agents import steps
 from rlplastic.agents.adam import Adam
 from rlplastic.agents.flashsac import FlashSAC, update
 from rlplastic.agents.flashsac.networks import Critic
@@ -39,7 +40,7 @@ def learner_of(seed: int = 0) -> update.Learner:
     return learner
 
 
-def inputs_of(seed: int = 0, discount: float = 0.99) -> update.Inputs:
+def inputs_of(seed: int = 0, discount: float = 0.99) -> steps.Inputs:
     rng = torch.Generator().manual_seed(100 + seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -47,7 +48,7 @@ def inputs_of(seed: int = 0, discount: float = 0.99) -> update.Inputs:
 
     keep = torch.ones(ROWS, dtype=torch.float64)
     keep[1] = 0  # one terminated row
-    return update.Inputs(
+    return steps.Inputs(
         observation=normal(ROWS, POLICY),
         next_observation=normal(ROWS, POLICY),
         critic_observation=normal(ROWS, PRIVILEGED),
@@ -102,7 +103,7 @@ def probabilities_of(s: np.ndarray, a: np.ndarray, critic: Critic, member: int, 
 
 
 def critic_loss_by_hand(
-    learner: update.Learner, inputs: update.Inputs, noise: torch.Tensor, bonus: bool = True
+    learner: update.Learner, inputs: steps.Inputs, noise: torch.Tensor, bonus: bool = True
 ) -> tuple[float, list[float]]:
     """The loss, and every row's TD error: row by row, member by member, atom by atom."""
     field = {name: value.numpy() for name, value in vars(inputs).items() if value is not None}
@@ -285,7 +286,7 @@ def test_temperature_grows_while_the_policy_is_too_certain(entropy: float, grows
 
 def test_gradient_of_the_temperature_is_alpha_times_the_excess_entropy() -> None:
     log_alpha = torch.tensor([math.log(0.3)], dtype=torch.float64, requires_grad=True)
-    loss = update.temperature_loss(log_alpha, torch.tensor(1.5).double(), -2.0)
+    loss = steps.temperature_loss(log_alpha, torch.tensor(1.5).double(), -2.0)
     assert float(torch.autograd.grad(loss.sum(), log_alpha)[0]) == pytest.approx(0.3 * 3.5)
 
 
@@ -296,10 +297,10 @@ def test_target_entropy_is_that_of_a_gaussian_of_the_given_deviation() -> None:
 
 def test_learning_rate_is_half_a_cosine_between_its_ends() -> None:
     start, end = 3e-4, 1.5e-4
-    assert update.learning_rate(0, start, end) == pytest.approx(start)
-    assert update.learning_rate(0.5, start, end) == pytest.approx((start + end) / 2)
-    assert update.learning_rate(1, start, end) == pytest.approx(end)
-    assert update.learning_rate(1.7, start, end) == update.learning_rate(1, start, end)
+    assert steps.learning_rate(0, start, end) == pytest.approx(start)
+    assert steps.learning_rate(0.5, start, end) == pytest.approx((start + end) / 2)
+    assert steps.learning_rate(1, start, end) == pytest.approx(end)
+    assert steps.learning_rate(1.7, start, end) == steps.learning_rate(1, start, end)
     for position in np.linspace(0, 1, 7):
         expected = 1.5e-4 + 0.75e-4 * (1 + math.cos(math.pi * position))
-        assert update.learning_rate(position, start, end) == pytest.approx(expected, rel=1e-12)
+        assert steps.learning_rate(position, start, end) == pytest.approx(expected, rel=1e-12)

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rlplastic import seeding
+from rlplastic.agents import steps
 from rlplastic.agents.adam import Adam
-from rlplastic.agents.flashsac import update as steps
-from rlplastic.agents.flashsac.exploration import HeldNoise, uniform_actions
+from rlplastic.agents.exploration import uniform_actions
+from rlplastic.agents.flashsac import update
+from rlplastic.agents.flashsac.exploration import HeldNoise
 from rlplastic.agents.flashsac.networks import Actor, Critic
 from rlplastic.agents.layers import NormBounds
 from rlplastic.agents.reward_scaling import RewardScaler
@@ -91,13 +93,13 @@ class FlashSAC:
 
     def _learner(
         self, actor: Actor, critic: Critic, bf16: bool, compile: Callable[[Any], Any], kernels: str
-    ) -> steps.Learner:
+    ) -> update.Learner:
         config = self.config
         actor_bounds, critic_bounds = NormBounds(actor, kernels), NormBounds(critic, kernels)
         actor_bounds.project()
         critic_bounds.project()
         log_alpha = nn.Parameter(torch.tensor([config.initial_alpha], device=self.device).log())
-        return steps.Learner(
+        return update.Learner(
             actor=actor,
             critic=critic,
             target_critic=copy.deepcopy(critic).requires_grad_(False),
@@ -107,10 +109,10 @@ class FlashSAC:
             temperature_optimizer=Adam([log_alpha]),
             actor_bounds=actor_bounds,
             critic_bounds=critic_bounds,
-            actor_loss=compile(steps.actor_loss),
-            critic_loss=compile(steps.critic_loss),
+            actor_loss=compile(update.actor_loss),
+            critic_loss=compile(update.critic_loss),
             project=categorical_target_triton if kernels == "triton" else categorical_target,
-            target_entropy=steps.target_entropy(self.action_dim, config.target_std),
+            target_entropy=update.target_entropy(self.action_dim, config.target_std),
             target_rate=config.target_rate,
             backup_entropy=config.backup_entropy,
             bf16=bf16,
@@ -155,16 +157,7 @@ class FlashSAC:
         """One update on a batch whose rewards are already scaled; see `rlplastic.agents.flashsac.update`."""
         rng = seeding.generator(self.device, self.seed, "update", self.updates)
         rows = len(batch.reward)
-        inputs = steps.Inputs(
-            observation=batch.observation["policy"],
-            next_observation=batch.next_observation["policy"],
-            critic_observation=batch.observation[self._critic_group],
-            next_critic_observation=batch.next_observation[self._critic_group],
-            action=batch.action,
-            reward=batch.reward,
-            discount=batch.discount,
-            weight=batch.weight,
-        )
+        inputs = steps.inputs_of(batch, self._critic_group)
 
         def noise(count: int) -> Tensor:
             return torch.randn(count, self.action_dim, generator=rng, device=self.device)
@@ -183,44 +176,32 @@ class FlashSAC:
         metrics: dict[str, Tensor] = {}
         if actor_noise is not None:
             rate = self._learning_rate(self.updates // self.config.actor_every, budget_used)
-            metrics |= steps.actor_step(self.learner, inputs, actor_noise, rate)
-            metrics |= steps.temperature_step(self.learner, metrics["policy/entropy"], rate)
+            metrics |= update.actor_step(self.learner, inputs, actor_noise, rate)
+            metrics |= update.temperature_step(self.learner, metrics["policy/entropy"], rate)
         rate = self._learning_rate(self.updates, budget_used)
-        metrics |= steps.critic_step(self.learner, inputs, target_noise, rate)
+        metrics |= update.critic_step(self.learner, inputs, target_noise, rate)
         self.td_error = metrics.pop("td_error", None)
         self.updates += 1
         return metrics
 
     def _learning_rate(self, index: int, budget_used: float) -> float:
         """The rate of an optimizer's ``index``-th step (from 0): f(0) is the start, then half a cosine."""
-        position = budget_used
-        if self._planned_updates is not None:
-            position = max(index - 1, 0) / max(self._planned_updates - 1, 1)
+        position = steps.position_of(index, budget_used, self._planned_updates)
         return steps.learning_rate(position, self.config.learning_rate, self.config.final_learning_rate)
 
     # State
 
-    def _optimizers(self) -> dict[str, tuple[Adam, list[str]]]:
-        """Each with the names of its parameters, in its order."""
+    def _optimizers(self) -> steps.Optimizers:
         learner = self.learner
         return {
-            "actor": (learner.actor_optimizer, [name for name, _ in learner.actor.named_parameters()]),
-            "critic": (learner.critic_optimizer, [name for name, _ in learner.critic.named_parameters()]),
-            "temperature": (learner.temperature_optimizer, ["log_alpha"]),
+            "actor": (learner.actor_optimizer, learner.actor),
+            "critic": (learner.critic_optimizer, learner.critic),
+            "temperature": (learner.temperature_optimizer, None),
         }
 
     def state_dict(self) -> dict[str, Tensor]:
         """Networks, optimizers, temperature, noise, reward statistics and counters as flat CPU tensors."""
-        state = {
-            f"{name}.{entry}": value
-            for name, module in self.modules.items()
-            for entry, value in module.state_dict().items()
-        }
-        state["temperature.log_alpha"] = self.learner.log_alpha.detach()
-        for name, (optimizer, entries) in self._optimizers().items():
-            for index, entry in enumerate(entries):
-                for slot, value in optimizer.state_of(index).items():
-                    state[f"optimizer.{name}.{entry}.{slot}"] = value
+        state = steps.learned_state(self.modules, self.learner.log_alpha, self._optimizers())
         state |= {f"noise.{entry}": value for entry, value in self._noise.state_dict().items()}
         state |= {f"reward.{entry}": value for entry, value in self._scaler.state_dict().items()}
         state["updates"] = torch.tensor(self.updates)
@@ -233,12 +214,9 @@ class FlashSAC:
             RuntimeError: names or shapes differ.
         """
         if "actor" in parts:
-            self.learner.actor.load_state_dict(_part(state, "actor."))
-            with torch.no_grad():
-                self.learner.log_alpha.copy_(state["temperature.log_alpha"])
+            steps.take_actor(state, self.learner.actor, self.learner.log_alpha)
         if "critic" in parts:
-            self.learner.critic.load_state_dict(_part(state, "critic."))
-            self.learner.target_critic.load_state_dict(_part(state, "target_critic."))
+            steps.take_critic(state, self.learner.critic, self.learner.target_critic)
             # The critic's values are in units of the scaled return, so the scale comes along.
             self._scaler.load_state_dict(self._scaler.state_dict() | {"moments": state["reward.moments"]})
 
@@ -248,15 +226,9 @@ class FlashSAC:
         Raises:
             RuntimeError: names or shapes differ from this agent's.
         """
-        for name, module in self.modules.items():
-            module.load_state_dict(_part(state, f"{name}."))
-        with torch.no_grad():
-            self.learner.log_alpha.copy_(state["temperature.log_alpha"])
-        for name, (optimizer, entries) in self._optimizers().items():
-            for index, entry in enumerate(entries):
-                optimizer.load(index, _part(state, f"optimizer.{name}.{entry}."))
-        self._noise.load_state_dict(_part(state, "noise."))
-        self._scaler.load_state_dict(_part(state, "reward."))
+        steps.load_learned_state(state, self.modules, self.learner.log_alpha, self._optimizers())
+        self._noise.load_state_dict(steps.part(state, "noise."))
+        self._scaler.load_state_dict(steps.part(state, "reward."))
         self.updates = int(state["updates"])
 
     def norms(self) -> dict[str, Tensor]:
@@ -265,8 +237,3 @@ class FlashSAC:
         return {
             f"norm/{name}_{kind}": value for name, bound in bounds.items() for kind, value in bound.deviations().items()
         }
-
-
-def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries below ``prefix``, named by what follows it."""
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

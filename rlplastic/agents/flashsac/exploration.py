@@ -6,16 +6,11 @@ What is drawn at a step depends on (seed, step) alone; the state is what is bein
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from rlplastic import seeding
-
-BLOCK = 64
-"""Steps whose uniform actions are drawn together."""
 
 
 def hold_probabilities(longest: int) -> NDArray[np.float64]:
@@ -60,19 +55,3 @@ class HeldNoise:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Continue from `state_dict`."""
         self._noise, self._remaining = state["noise"].numpy().copy(), state["remaining"].numpy().copy()
-
-
-def uniform_actions(num_envs: int, action_dim: int, seed: int, step: int, rank: int = 0) -> NDArray[np.float32]:
-    """Uniform random actions (N, A) in [-1, 1] for the phase before learning, a function of (seed, rank, step).
-
-    Drawn for `BLOCK` steps at once: making a generator takes longer than a step of a small simulation.
-    """
-    block = _uniform_block(num_envs, action_dim, seed, rank, step // BLOCK)
-    action: NDArray[np.float32] = block[step % BLOCK].copy()
-    return action
-
-
-@lru_cache(maxsize=2)
-def _uniform_block(num_envs: int, action_dim: int, seed: int, rank: int, block: int) -> NDArray[np.float32]:
-    rng = seeding.generator("cpu", seeding.key("exploration", seed, rank), "uniform", block)
-    return torch.rand(BLOCK, num_envs, action_dim, generator=rng).mul_(2).sub_(1).numpy()

@@ -28,30 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlplastic.agents import steps
 from rlplastic.agents.adam import Adam
 from rlplastic.agents.flashsac.networks import Actor, Critic
 from rlplastic.agents.heads import squashed_sample
 from rlplastic.agents.layers import NormBounds
+from rlplastic.agents.steps import Inputs, Metrics, follow, minimise
 from rlplastic.kernels.categorical import categorical_target
-
-Metrics = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the losses read of a batch: policy observations for the actor, critic observations for the critic."""
-
-    observation: Tensor
-    next_observation: Tensor
-    critic_observation: Tensor
-    next_critic_observation: Tensor
-    action: Tensor
-    reward: Tensor
-    """Scaled, (B,)."""
-    discount: Tensor
-    """gamma^k of the k steps summed, 0 if terminated, (B,)."""
-    weight: Tensor | None = None
-    """Factor of each row's critic loss under prioritised draws, (B,)."""
 
 
 @dataclass
@@ -155,29 +138,6 @@ def target_entropy(action_dim: int, std: float) -> float:
     return 0.5 * action_dim * math.log(2 * math.pi * math.e * std**2)
 
 
-def temperature_loss(log_alpha: Tensor, entropy: Tensor, target: float) -> Tensor:
-    """alpha (H - H_target): alpha grows while the policy's entropy is below its target."""
-    return log_alpha.exp() * (entropy - target)
-
-
-def learning_rate(position: float, start: float, end: float) -> float:
-    """Half a cosine from ``start`` to ``end`` over ``position`` in [0, 1]."""
-    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * min(max(position, 0.0), 1.0)))
-
-
-@torch.no_grad()
-def follow(target: Critic, critic: Critic, rate: float) -> None:
-    """Target parameters <- lerp(target, critic, rate); batch-norm buffers are not copied, nothing is re-projected."""
-    torch._foreach_lerp_(list(target.parameters()), list(critic.parameters()), rate)
-
-
-def minimise(loss: Tensor, optimizer: Adam, rate: float) -> None:
-    """One optimizer step at learning rate ``rate``."""
-    gradients = torch.autograd.grad(loss, optimizer.parameters)
-    # Only what lies otherwise than its parameter is copied: the optimizer steps through both as they lie.
-    optimizer.step([gradient.contiguous() for gradient in gradients], rate)
-
-
 def actor_step(learner: Learner, inputs: Inputs, noise: Tensor, rate: float) -> Metrics:
     """Move the actor along its loss, with the critic frozen, and re-project it."""
     learner.critic.requires_grad_(False)
@@ -190,10 +150,9 @@ def actor_step(learner: Learner, inputs: Inputs, noise: Tensor, rate: float) -> 
 
 def temperature_step(learner: Learner, entropy: Tensor, rate: float) -> Metrics:
     """Move log alpha towards the target entropy; ``entropy`` is that of the actor before its step."""
-    alpha = learner.alpha()
-    loss = temperature_loss(learner.log_alpha, entropy, learner.target_entropy)
-    minimise(loss, learner.temperature_optimizer, rate)
-    return {"loss/temperature": loss.detach(), "policy/alpha": alpha}
+    return steps.temperature_step(
+        learner.log_alpha, learner.temperature_optimizer, entropy, learner.target_entropy, rate
+    )
 
 
 def critic_step(learner: Learner, inputs: Inputs, noise: Tensor, rate: float) -> Metrics:

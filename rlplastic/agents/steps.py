@@ -1,0 +1,160 @@
+"""What every soft actor-critic does alike (arXiv 1812.05905): inputs, temperature, target, schedule, saved state.
+
+Plain functions, so that an agent's own `update` reads from top to bottom and takes from here only what is the same.
+None of them synchronises with the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from rlplastic.agents.adam import Adam
+
+if TYPE_CHECKING:
+    from rlplastic.replay.sample import Batch
+
+Metrics = dict[str, Tensor]
+Optimizers = Mapping[str, tuple[Adam, nn.Module | None]]
+"""Each by its name, with the network whose parameters it moves; None: the temperature."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the losses read of a batch: policy observations for the actor, critic observations for the critic."""
+
+    observation: Tensor
+    next_observation: Tensor
+    critic_observation: Tensor
+    next_critic_observation: Tensor
+    action: Tensor
+    reward: Tensor
+    """Scaled, (B,)."""
+    discount: Tensor
+    """gamma^k of the k steps summed, 0 if terminated, (B,)."""
+    weight: Tensor | None = None
+    """Factor of each row's critic loss under prioritised draws, (B,)."""
+
+
+def inputs_of(batch: Batch, critic_group: str) -> Inputs:
+    """A batch as the losses read it; the critic sees the observation group ``critic_group``."""
+    return Inputs(
+        observation=batch.observation["policy"],
+        next_observation=batch.next_observation["policy"],
+        critic_observation=batch.observation[critic_group],
+        next_critic_observation=batch.next_observation[critic_group],
+        action=batch.action,
+        reward=batch.reward,
+        discount=batch.discount,
+        weight=batch.weight,
+    )
+
+
+def temperature_loss(log_alpha: Tensor, entropy: Tensor, target: float) -> Tensor:
+    """alpha (H - H_target): alpha grows while the policy's entropy is below its target."""
+    return log_alpha.exp() * (entropy - target)
+
+
+def temperature_step(log_alpha: nn.Parameter, optimizer: Adam, entropy: Tensor, target: float, rate: float) -> Metrics:
+    """Move log alpha towards the target entropy; ``entropy`` is that of the actor before its step."""
+    alpha = log_alpha.detach().exp()
+    loss = temperature_loss(log_alpha, entropy, target)
+    minimise(loss, optimizer, rate)
+    return {"loss/temperature": loss.detach(), "policy/alpha": alpha}
+
+
+def learning_rate(position: float, start: float, end: float) -> float:
+    """Half a cosine from ``start`` to ``end`` over ``position`` in [0, 1]."""
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * min(max(position, 0.0), 1.0)))
+
+
+def position_of(index: int, budget_used: float, planned_updates: int | None) -> float:
+    """Where on the schedule an optimizer's ``index``-th step (from 0) is: by the budget, or by planned steps.
+
+    The published schedule holds its start for two steps: f(0) is the start, and so is the cosine's first value.
+    """
+    if planned_updates is None:
+        return budget_used
+    return max(index - 1, 0) / max(planned_updates - 1, 1)
+
+
+@torch.no_grad()
+def follow(target: nn.Module, critic: nn.Module, rate: float) -> None:
+    """Target parameters <- lerp(target, critic, rate); buffers are not copied, nothing is re-projected."""
+    torch._foreach_lerp_(list(target.parameters()), list(critic.parameters()), rate)
+
+
+def minimise(loss: Tensor, optimizer: Adam, rate: float) -> None:
+    """One optimizer step at learning rate ``rate``."""
+    gradients = torch.autograd.grad(loss, optimizer.parameters)
+    # Only what lies otherwise than its parameter is copied: the optimizer steps through both as they lie.
+    optimizer.step([gradient.contiguous() for gradient in gradients], rate)
+
+
+# State
+
+
+def learned_state(modules: Mapping[str, nn.Module], log_alpha: Tensor, optimizers: Optimizers) -> dict[str, Tensor]:
+    """Networks, temperature and optimizers as flat tensors under stable names; not copies."""
+    state = {
+        f"{name}.{entry}": value for name, module in modules.items() for entry, value in module.state_dict().items()
+    }
+    state["temperature.log_alpha"] = log_alpha.detach()
+    for name, (optimizer, owner) in optimizers.items():
+        for index, entry in enumerate(_entries(owner)):
+            for slot, value in optimizer.state_of(index).items():
+                state[f"optimizer.{name}.{entry}.{slot}"] = value
+    return state
+
+
+def load_learned_state(
+    state: dict[str, Tensor], modules: Mapping[str, nn.Module], log_alpha: Tensor, optimizers: Optimizers
+) -> None:
+    """Take over `learned_state`, bit for bit.
+
+    Raises:
+        RuntimeError: names or shapes differ.
+    """
+    for name, module in modules.items():
+        module.load_state_dict(part(state, f"{name}."))
+    with torch.no_grad():
+        log_alpha.copy_(state["temperature.log_alpha"])
+    for name, (optimizer, owner) in optimizers.items():
+        for index, entry in enumerate(_entries(owner)):
+            optimizer.load(index, part(state, f"optimizer.{name}.{entry}."))
+
+
+def take_actor(state: dict[str, Tensor], actor: nn.Module, log_alpha: Tensor) -> None:
+    """Take another agent's actor and its temperature.
+
+    Raises:
+        RuntimeError: names or shapes differ.
+    """
+    actor.load_state_dict(part(state, "actor."))
+    with torch.no_grad():
+        log_alpha.copy_(state["temperature.log_alpha"])
+
+
+def take_critic(state: dict[str, Tensor], critic: nn.Module, target_critic: nn.Module) -> None:
+    """Take another agent's critic and its target.
+
+    Raises:
+        RuntimeError: names or shapes differ.
+    """
+    critic.load_state_dict(part(state, "critic."))
+    target_critic.load_state_dict(part(state, "target_critic."))
+
+
+def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries below ``prefix``, named by what follows it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _entries(module: nn.Module | None) -> list[str]:
+    """Names of the parameters of an optimizer, in its order."""
+    return ["log_alpha"] if module is None else [name for name, _ in module.named_parameters()]
