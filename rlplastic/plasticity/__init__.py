@@ -1,0 +1,24 @@
+"""Plasticity of any torch network: what it is measured by.
+
+`measure` gives all metrics of a tier at once; the metrics themselves are functions in `units`, `ranks`, `weights`,
+`gradients`, `curvature` and `representation`. Everything here knows modules and callables only.
+"""
+
+from rlplastic.plasticity.activations import Layer, ModuleReader, untouched
+from rlplastic.plasticity.measure import Past, Subject, measure, uninformative
+from rlplastic.plasticity.profile import BOUNDED, PLAIN, Profile
+from rlplastic.plasticity.weights import snapshot
+
+__all__ = [
+    "BOUNDED",
+    "PLAIN",
+    "Layer",
+    "ModuleReader",
+    "Past",
+    "Profile",
+    "Subject",
+    "measure",
+    "snapshot",
+    "uninformative",
+    "untouched",
+]
