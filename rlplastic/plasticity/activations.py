@@ -78,13 +78,14 @@ def untouched(*modules: nn.Module, training: bool | None = None) -> Iterator[Non
 
 
 class _Calls(TorchFunctionMode):
-    """Records what activation functions return, in the order of their calls."""
+    """Records what activation functions return while ``running``, in the order of their calls."""
 
     def __init__(
         self, found: dict[str, Layer], as_layer: Callable[[str, Tensor, Kind], Layer], raw: list[Tensor]
     ) -> None:
         super().__init__()
         self._found, self._as_layer, self._raw = found, as_layer, raw
+        self.running = False
 
     def __torch_function__(
         self,
@@ -94,7 +95,7 @@ class _Calls(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
         result = func(*args, **(kwargs or {}))
-        if func in FUNCTIONS:
+        if self.running and func in FUNCTIONS:
             name = f"{func.__name__.strip('_')}_{len(self._found)}"
             self._found[name] = self._as_layer(name, result, FUNCTIONS[func])
             self._raw.append(result)
@@ -111,8 +112,9 @@ class ModuleReader:
     - ``layers={"trunk.blocks.0.expand_norm": "rectifier"}``: the outputs of these modules, for activations that are
       fused into another module;
     - ``functional=True``: what calls such as ``F.relu(x)`` or ``x.tanh()`` return, named by function and order,
-      ``relu_0``. Activation modules are such calls too, and so is whatever else ``forward`` calls: leave squashing the
-      outputs out of it.
+      ``relu_0``. Activation modules are such calls too; calls outside of ``module(…)`` itself do not count.
+
+    A module that runs several times, as in a loss on s and s', is read at its first run.
 
     Args:
         module: the network; it runs in evaluation mode.
@@ -206,13 +208,20 @@ class ModuleReader:
         found: dict[str, Layer] = {}
         raw: list[Tensor] = []
         if self.functional:
-            with _Calls(found, self._layer, raw):
-                yield found, raw
+            # Only what the module's own forward calls: a loss may squash actions with a tanh of its own.
+            calls = _Calls(found, self._layer, raw)
+            starts = self.module.register_forward_pre_hook(lambda *_: setattr(calls, "running", not found))
+            ends = self.module.register_forward_hook(lambda *_: setattr(calls, "running", False))
+            try:
+                with calls:
+                    yield found, raw
+            finally:
+                starts.remove()
+                ends.remove()
             return
 
         def record(name: str, kind: Kind) -> Callable[..., None]:
             def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:  # noqa: ANN401
-                # A module that runs twice is read at its first run.
                 if name not in found:
                     found[name] = self._layer(name, output, kind)
                     raw.append(output)

@@ -102,7 +102,7 @@ def _dominant(hessian: Hessian, shift: float, iterations: int, tolerance: float,
 def sharpness(
     loss: Tensor, parameters: Sequence[Tensor], iterations: int = 50, tolerance: float = 1e-4, seed: int = 0
 ) -> float:
-    """Largest eigenvalue of the Hessian, by power iteration (Yao et al., "PyHessian", arXiv 1912.07145, section 3).
+    """Largest eigenvalue of the Hessian, by power iteration (Yao et al., "PyHessian", arXiv 1912.07145).
 
     Power iteration finds the eigenvalue of largest *size*. Where that one is negative, a second pass on H - lambda I
     finds the largest. The error shrinks with the ratio of the two leading eigenvalues to the power of twice the steps;
@@ -174,7 +174,7 @@ def output_gradients(output: Callable[[Any], Tensor], samples: Sequence[Any], pa
 def ntk(jacobian: Tensor) -> Tensor:
     """The empirical neural tangent kernel J J^T, (N, N) of (N, P) (Jacot et al., arXiv 1806.07572).
 
-    Its `rlplastic.plasticity.ranks.effective_rank` is the eNTK rank (Lyle et al., arXiv 2402.18762, section 3). The
+    Its `rlplastic.plasticity.ranks.effective_rank` is the eNTK rank (Lyle et al., arXiv 2402.18762). The
     kernel's eigenvalues are squares, so it is below the effective rank of J itself.
     """
     return jacobian @ jacobian.mT

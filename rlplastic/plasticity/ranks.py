@@ -25,7 +25,7 @@ def singular_values(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def effective_rank(features: Tensor) -> Tensor:
-    """exp(H(p)), p_i = sigma_i / sum_j sigma_j (Roy and Vetterli, "The effective rank", EUSIPCO 2007, eq. 3 and 4).
+    """exp(H(p)), p_i = sigma_i / sum_j sigma_j (Roy and Vetterli, "The effective rank", EUSIPCO 2007).
 
     At initialisation it tells a rich from a lazy regime: measure it on the fresh network, on the same batch.
 
@@ -42,7 +42,7 @@ def effective_rank(features: Tensor) -> Tensor:
 
 
 def srank(features: Tensor, delta: float = 0.01) -> Tensor:
-    """Smallest k whose k largest singular values hold 1 - delta of their sum (Kumar et al., arXiv 2010.14498, sec. 3).
+    """Smallest k whose k largest singular values hold 1 - delta of their sum (Kumar et al., arXiv 2010.14498).
 
     Args:
         features: (..., rows, units).

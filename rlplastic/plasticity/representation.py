@@ -13,7 +13,7 @@ from rlplastic.plasticity.units import wide
 
 
 def churn(before: Tensor, after: Tensor) -> Tensor:
-    """Mean over held-out states of ||f_after(x) - f_before(x)|| (Tang and Berseth, arXiv 2409.04792, definition 3.1).
+    """Mean over held-out states of ||f_after(x) - f_before(x)|| (Tang and Berseth, arXiv 2409.04792).
 
     For Q in units of the value, for a policy in units of its mean; divide by the outputs' spread to compare tasks.
 
@@ -52,7 +52,7 @@ def batch_norm_lag(running_mean: Tensor, inputs: Tensor, eps: float = 1e-5) -> T
 
 
 def value_bias(values: Tensor, returns: Tensor) -> Tensor:
-    """E[Q - G] / E|G| over visited state-action pairs (after van Hasselt et al., arXiv 1509.06461, figure 2).
+    """E[Q - G] / E|G| over visited state-action pairs (after van Hasselt et al., arXiv 1509.06461).
 
     Args:
         values: Q, (..., rows).

@@ -42,7 +42,7 @@ def where_finite(value: Tensor, *sources: Tensor) -> Tensor:
 
 
 def active_fraction(activations: Tensor) -> Tensor:
-    """Mean over units of E_x[h > 0] (FAU; Ma et al., arXiv 2310.07418, section 4).
+    """Mean over units of E_x[h > 0] (FAU; Ma et al., arXiv 2310.07418).
 
     Args:
         activations: of a rectifier, (..., rows, units).
@@ -69,7 +69,7 @@ def unsaturated_fraction(activations: Tensor, threshold: float = SATURATION) -> 
 
 
 def unit_scores(values: Tensor) -> Tensor:
-    """s_i = E_x|v_i| / mean_j E_x|v_j| (Sokar et al., arXiv 2302.12902, definition 3.1).
+    """s_i = E_x|v_i| / mean_j E_x|v_j| (Sokar et al., arXiv 2302.12902).
 
     Args:
         values: activations or gradients, (..., rows, units).
@@ -87,7 +87,7 @@ def unit_scores(values: Tensor) -> Tensor:
 
 
 def dormant_ratio(activations: Tensor, tau: float = DORMANT) -> Tensor:
-    """Fraction of units whose score is at most ``tau`` (Sokar et al., arXiv 2302.12902, definitions 3.1 and 3.2).
+    """Fraction of units whose score is at most ``tau`` (Sokar et al., arXiv 2302.12902).
 
     Args:
         activations: (..., rows, units).
@@ -122,7 +122,7 @@ def dead_fraction(activations: Tensor) -> Tensor:
 def linearised_fraction(activations: Tensor) -> Tensor:
     """Fraction of rectified units that are above 0 on every row, (...) of (..., rows, units).
 
-    Such a unit is an affine map of its input: it adds no nonlinearity (Lyle et al., arXiv 2402.18762, section 3).
+    Such a unit is an affine map of its input: it adds no nonlinearity (Lyle et al., arXiv 2402.18762).
     """
     h = wide(activations)
     return where_finite((h.amin(-2) > 0).double().mean(-1), h)
@@ -131,8 +131,9 @@ def linearised_fraction(activations: Tensor) -> Tensor:
 def duplicate_fraction(activations: Tensor, cosine: float = DUPLICATE) -> Tensor:
     """Fraction of units whose activations, as a vector over rows, have a cosine above ``cosine`` with another's.
 
-    Silent units are dead, not duplicates. Few rows make accidental duplicates, one row makes all active units equal:
-    take at least as many rows as units.
+    Clones get the same gradients and stay clones (Joudaki et al., arXiv 2510.00304). Silent units are dead, not
+    duplicates. Few rows make accidental duplicates, one row makes all active units equal: take at least as many rows as
+    units.
 
     Args:
         activations: (..., rows, units).
@@ -150,7 +151,7 @@ def duplicate_fraction(activations: Tensor, cosine: float = DUPLICATE) -> Tensor
 
 
 def weighted_by_units(ratios: list[Tensor], units: list[int]) -> Tensor:
-    """A module's ratio from its layers': sum_l n_l r_l / sum_l n_l (arXiv 2302.12902, definition 3.2).
+    """A module's ratio from its layers': sum_l n_l r_l / sum_l n_l (as arXiv 2302.12902 counts them).
 
     Args:
         ratios: one (...) per layer.

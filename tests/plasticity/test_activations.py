@@ -61,6 +61,19 @@ def test_gradients_are_those_of_the_loss_by_each_activation(functional: bool) ->
     torch.testing.assert_close(next(iter(found.values())).values, expected)
 
 
+def test_only_the_first_run_of_the_module_counts_and_no_call_of_the_loss() -> None:
+    net, x = Functional(), normal(7, 3)
+
+    def loss() -> Tensor:
+        squashed = torch.tanh(net(F.relu(x)))
+        return (squashed * net(2 * x).detach()).sum()
+
+    found = ModuleReader(net, functional=True).gradients(loss)
+    assert list(found) == ["relu_0", "tanh_1"]
+    factor = (1 - torch.tanh(net(x.relu())).square()) * net(2 * x)
+    torch.testing.assert_close(found["tanh_1"].values, (factor * net.head.weight).detach())
+
+
 def test_a_layer_the_loss_does_not_reach_has_zero_gradients() -> None:
     net = nn.Sequential(nn.Linear(3, 5), nn.ReLU())
 
