@@ -240,6 +240,35 @@ def test_measuring_flashsac_leaves_no_trace(grads: bool) -> None:
     assert state(actor) == before
 
 
+def test_measuring_twice_gives_the_same_numbers() -> None:
+    subject, batch = critic_subject()
+    first, second = (everything(subject, batch, rows_of(batch, 10), rows_of(batch, 1)[:4]) for _ in range(2))
+    assert first == second
+
+
+def test_a_compiled_step_is_not_compiled_again_after_measuring() -> None:
+    subject, batch = critic_subject()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[Tensor]):
+        graphs.append(graph)
+        return graph.forward
+
+    step = torch.compile(lambda batch: subject.module(*batch, True).sum(), backend=backend)
+    step(batch)
+    compiled = len(graphs)
+    everything(subject, batch, rows_of(batch, 10), rows_of(batch, 1)[:4])
+    step(batch)
+    assert len(graphs) == compiled > 0
+
+
+def test_half_precision_activations_are_measured_as_they_are() -> None:
+    h = normal(20, 4).relu().bfloat16()
+    found = [metric(h) for metric in (units.dormant_ratio, units.duplicate_fraction, ranks.effective_rank)]
+    expected = [metric(h.double()) for metric in (units.dormant_ratio, units.duplicate_fraction, ranks.effective_rank)]
+    assert found == expected
+
+
 def test_a_reader_that_meddles_is_undone() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU())
     before = state(net)
