@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlplastic.command_line import first_line, flatten, override_key
-from rlplastic.config import Config, register
+from rlplastic.config import VARIANTS, Config, register
 from rlplastic.envs.catalogue import require_task
 from rlplastic.errors import ConfigurationError, nearest
 
@@ -88,6 +89,8 @@ def refuse_unknown(overrides: Sequence[str]) -> None:
         ConfigurationError: naming the nearest known key, or the choices.
     """
     known = list(flatten(OmegaConf.to_container(OmegaConf.structured(Config)))) + list(GROUPS)
+    for group, schemas in VARIANTS.items():
+        known += [f"{group}.{key}" for schema in schemas.values() for key in names(schema)]
     for override in overrides:
         name = override_key(override)
         if override.startswith("~"):
@@ -100,6 +103,11 @@ def refuse_unknown(overrides: Sequence[str]) -> None:
             raise ConfigurationError(f"unknown key {name!r}; {nearest(name, known)}")
         if name in GROUPS:
             _refuse_odd_choice(name, override.partition("=")[2])
+
+
+def names(schema: type) -> list[str]:
+    """The settings of a dataclass."""
+    return [field.name for field in dataclasses.fields(schema)]
 
 
 def explain(error: Exception, overrides: Sequence[str]) -> str:
@@ -115,6 +123,9 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
             return _no_choice(group, choice)
         hint = nearest(choice, re.findall(r"^\t(\w+)$", text, re.MULTILINE))  # what is installed of Hydra's own plugins
         return f"{group}={choice} is not a choice of {group}; {hint}; for others pip install 'rlplastic[sweeps]'"
+    elsewhere = _of_another_choice(f"{text}\n{error.__cause__}", overrides)
+    if elsewhere:
+        return elsewhere
     several = [o for o in overrides if "," in o.partition("=")[2]]
     if several and "Ambiguous value" in text:
         return f"{several[0]} lists several values; put -m before it to sweep over them, one run each"
@@ -124,6 +135,21 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
     return (
         f"{given[0] if given else 'the configuration'} was refused: {first_line(cause)}; give a value of the right type"
     )
+
+
+def _of_another_choice(text: str, overrides: Sequence[str]) -> str | None:
+    """The sentence for a setting that another choice of its group has, such as `agent.layer_norm` of agent=sac."""
+    found = re.search(r"Key '(\w+)' not in '(\w+)'\s+full_key: (\w+)\.\w+", text)
+    if not found or found[3] not in VARIANTS:
+        return None
+    key, name, group = found.groups()
+    schemas = VARIANTS[group]
+    here = next(choice for choice, schema in schemas.items() if schema.__name__ == name)
+    owners = " or ".join(f"{group}={c}" for c, schema in schemas.items() if key in names(schema))
+    given = [f"{o} is" for o in overrides if override_key(o) == f"{group}.{key}"]
+    given += [f"{o} sets {group}.{key}, which is" for o in overrides if override_key(o) == "preset"]
+    subject = given[0] if given else f"{group}.{key} is"
+    return f"{subject} a setting of {owners}, but this run has {group}={here}; leave the one out or change the other"
 
 
 def _refuse_odd_choice(group: str, value: str) -> None:

@@ -39,53 +39,103 @@ class EnvConfig:
 
 @dataclass
 class AgentConfig:
-    """FlashSAC [F]; defaults are the published values unless a field says otherwise."""
+    """What every agent has; `agent=` chooses one of `FlashSACConfig` and `SACConfig`, which say what they add."""
 
-    name: str = "flashsac"
+    name: str
     critic_width: int | None = None
-    """H of the critic; published 256."""
+    """Units of each of the critic's layers; published 256 [F], and Stable-Baselines3's 256 for SAC."""
     actor_width: int | None = None
-    """H of the actor; published 128."""
-    num_blocks: int = 2
-    """Residual blocks of each network."""
+    """Units of each of the actor's layers; published 128 [F], and Stable-Baselines3's 256 for SAC."""
     gamma: float | None = None
     """Discount; None: the environment family's."""
     n_step: int = 1
     """Steps summed before bootstrapping; 1, on Isaac Lab 3 [F]."""
     learning_rate: float = 3e-4
-    """Adam's learning rate at the first step and at the top of the cosine [F]."""
-    final_learning_rate: float = 1.5e-4
-    """Adam's learning rate at the end of the cosine [F]."""
+    """Adam's learning rate at the first step and at the top of the cosine [S, F]."""
     target_rate: float = 0.01
-    """The target critic moves by this fraction after every update [F]."""
-    actor_every: int = 2
-    """The actor and the temperature learn on every `actor_every`-th update, the first included [F]."""
-    initial_alpha: float = 0.01
-    """Entropy temperature at the start [F]."""
-    target_std: float = 0.15
-    """The target entropy is that of a Gaussian with this deviation in every action dimension [F]."""
-    reward_scaling: bool = True
-    """Divide rewards by the running scale of the discounted return at sampling time [F]."""
-    noise_repeat_max: int = 16
-    """Exploration noise is held for k steps, k in 1..`noise_repeat_max`, P(k) ~ k^-2 [F]; 1 draws afresh every step."""
-    noise_per_env: bool = True
-    """One hold counter per environment; False is the published single counter for all [F]."""
+    """The target critic moves by this fraction after every update; 0.01 [F], 0.005 [S]."""
+    actor_every: int = 1
+    """The actor and the temperature learn on every `actor_every`-th update, the first included; 2 [F], 1 [S]."""
+    initial_alpha: float = 1.0
+    """Entropy temperature at the start; 0.01 [F], Stable-Baselines3's 1 for SAC."""
+    reward_scaling: bool = False
+    """Divide rewards by the running scale of the discounted return at sampling time; on in [F]."""
     backup_entropy: bool = True
     """Put the entropy bonus into the critic's target as published [S, F]."""
 
 
 @dataclass
+class FlashSACConfig(AgentConfig):
+    """FlashSAC [F]; defaults are the published values."""
+
+    name: str = "flashsac"
+    num_blocks: int = 2
+    """Residual blocks of each network."""
+    final_learning_rate: float = 1.5e-4
+    """Adam's learning rate at the end of the cosine [F]."""
+    actor_every: int = 2
+    initial_alpha: float = 0.01
+    target_std: float = 0.15
+    """The target entropy is that of a Gaussian with this deviation in every action dimension [F]."""
+    reward_scaling: bool = True
+    noise_repeat_max: int = 16
+    """Exploration noise is held for k steps, k in 1..`noise_repeat_max`, P(k) ~ k^-2 [F]; 1 draws afresh every step."""
+    noise_per_env: bool = True
+    """One hold counter per environment; False is the published single counter for all [F]."""
+
+
+@dataclass
+class SACConfig(AgentConfig):
+    """Plain SAC [S] in the settings of Stable-Baselines3; the target entropy is minus the number of actions."""
+
+    name: str = "sac"
+    critic_depth: int = 2
+    """Hidden layers of the critic."""
+    actor_depth: int = 2
+    """Hidden layers of the actor."""
+    layer_norm: bool = False
+    """Layer normalisation before every ReLU."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of actor and critic, biases and gains included (AdamW, arXiv 1711.05101)."""
+    final_learning_rate: float | None = None
+    """Adam's learning rate at the end of the cosine; None: the rate is constant."""
+    target_rate: float = 0.005
+
+
+@dataclass
 class CriticConfig:
-    """How the critic represents a value."""
+    """How the critic represents a value: `critic=` chooses `CategoricalCriticConfig` or `ScalarCriticConfig`."""
+
+    kind: str
+    num_members: int = 2
+    """Critics in the ensemble; the smaller value is used [S, F]."""
+
+
+@dataclass
+class CategoricalCriticConfig(CriticConfig):
+    """Probabilities over fixed atoms, cross-entropy on the projected target (C51, arXiv 1707.06887)."""
 
     kind: str = "categorical"
-    """`categorical`: probabilities over fixed atoms, cross-entropy on the projected target (C51, arXiv 1707.06887)."""
     num_atoms: int = 101
     """Atoms on the support [F]."""
     support: float = 5.0
     """The support is linspace(-support, support, num_atoms) in units of the scaled return [F]."""
-    num_members: int = 2
-    """Critics in the ensemble; the smaller value is used [S, F]."""
+
+
+@dataclass
+class ScalarCriticConfig(CriticConfig):
+    """One number, squared error [S]."""
+
+    kind: str = "scalar"
+
+
+VARIANTS: dict[str, dict[str, type]] = {
+    "agent": {"flashsac": FlashSACConfig, "sac": SACConfig},
+    "critic": {"categorical": CategoricalCriticConfig, "scalar": ScalarCriticConfig},
+}
+"""Groups whose choices have settings of their own: the schema of each choice."""
+CRITIC_OF = {"flashsac": "categorical", "sac": "scalar"}
+"""The value representation that each agent learns; others are not built yet."""
 
 
 @dataclass
@@ -183,8 +233,8 @@ class Config:
     """The whole configuration of a training run."""
 
     env: EnvConfig = field(default_factory=EnvConfig)
-    agent: AgentConfig = field(default_factory=AgentConfig)
-    critic: CriticConfig = field(default_factory=CriticConfig)
+    agent: AgentConfig = field(default_factory=FlashSACConfig)
+    critic: CriticConfig = field(default_factory=CategoricalCriticConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -233,17 +283,30 @@ class Config:
     """exact: rebuild the environments and replay their actions; fresh: start new episodes on resume."""
 
 
+def schema(agent: str, critic: str) -> Config:
+    """The defaults of an agent and a critic, for reading a written configuration of theirs.
+
+    Raises:
+        KeyError: there is no such agent or critic.
+    """
+    return Config(agent=VARIANTS["agent"][agent](), critic=VARIANTS["critic"][critic]())
+
+
 def register() -> None:
     """Make the schemas known to Hydra; calling it again changes nothing."""
     from hydra.core.config_store import ConfigStore
+    from omegaconf import MISSING
 
     store = ConfigStore.instance()
-    store.store(name="config_schema", node=Config)
-    for group, schema in {
+    # of the types that every choice of a group extends: which one it is, the choice says
+    open_types = Config(agent=AgentConfig(name=MISSING), critic=CriticConfig(kind=MISSING))
+    store.store(name="config_schema", node=open_types)
+    for group, node in {
         "env": EnvConfig,
-        "agent": AgentConfig,
-        "critic": CriticConfig,
         "schedule": ScheduleConfig,
         "monitor": MonitorConfig,
     }.items():
-        store.store(group=group, name=f"{group}_schema", node=schema)
+        store.store(group=group, name=f"{group}_schema", node=node)
+    for group, variants in VARIANTS.items():
+        for name, node in variants.items():
+            store.store(group=group, name=f"{name}_schema", node=node)

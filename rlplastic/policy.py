@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from rlplastic.agents.flashsac.networks import Actor
+from rlplastic.agents import ACTORS, Actor
 from rlplastic.checkpoint import CheckpointStore
-from rlplastic.config import Config, EnvConfig
+from rlplastic.config import Config, EnvConfig, schema
 from rlplastic.envs.base import Observation
 from rlplastic.errors import CheckpointError, ConfigurationError, nearest
 
@@ -42,7 +42,7 @@ class Policy:
     @property
     def observation_dim(self) -> int:
         """Width of the observations it reads."""
-        return self.actor.trunk.embed.weight.shape[-1]
+        return self.actor.observation_dim
 
     @torch.no_grad()
     def act(self, observation: Observation) -> NDArray[np.float32]:
@@ -79,7 +79,7 @@ def load_policy(
 
     Raises:
         ConfigurationError: no such run, no checkpoint in it yet, or no such device.
-        CheckpointError: every checkpoint is damaged, or holds no FlashSAC actor.
+        CheckpointError: every checkpoint is damaged, or holds no actor of the run's agent.
     """
     path = Path(run)
     config = read_config(path)
@@ -89,7 +89,7 @@ def load_policy(
         raise ConfigurationError(
             f"{path} has no checkpoint yet; expected one in {path / 'checkpoints'}: let the run save one first"
         )
-    actor = _actor(loaded.tensors("agent"), loaded.path)
+    actor = _actor(loaded.tensors("agent"), config.agent.name, loaded.path)
     return Policy(actor.to(place).requires_grad_(False), config, loaded.step, place)
 
 
@@ -111,7 +111,9 @@ def read_config(run: Path) -> Config:
             f"run={run} {what}; expected a run directory as made by rlplastic.train" + (f"; {hint}" if hint else "")
         )
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(file)))
+        written = OmegaConf.load(file)
+        names = [OmegaConf.select(written, key) for key in ("agent.name", "critic.kind")]
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema(*names)), written))
     except Exception as error:  # the YAML reader's own exceptions have no common base with OmegaConf's
         reason = " ".join(str(error).split())
         raise ConfigurationError(
@@ -121,21 +123,18 @@ def read_config(run: Path) -> Config:
     return config
 
 
-def _actor(tensors: Mapping[str, Tensor], path: Path) -> Actor:
+def _actor(tensors: Mapping[str, Tensor], agent: str, path: Path) -> Actor:
     """The actor among an agent's tensors, named as in its ``state_dict``."""
     state = {name.removeprefix("actor."): value for name, value in tensors.items() if name.startswith("actor.")}
     try:
-        width, observation_dim = state["trunk.embed.weight"].shape
-        action_dim = len(state["head.mean_bias"])
-        blocks = {name.split(".")[2] for name in state if name.startswith("trunk.blocks.")}
         # building draws initial weights; the caller's random stream must not notice
         with torch.random.fork_rng(devices=[]):
-            actor = Actor(observation_dim, action_dim, width, len(blocks))
+            actor = ACTORS[agent](state)
         actor.load_state_dict(state)
     except (KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"checkpoint {path} holds no FlashSAC actor ({' '.join(str(error).split())[:200]}); "
-            "expected a run of agent=flashsac written by this version"
+            f"checkpoint {path} holds no actor of agent={agent} ({' '.join(str(error).split())[:200]}); "
+            "expected a run of it written by this version"
         ) from error
     return actor
 

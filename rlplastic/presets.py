@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from rlplastic.config import Config
+from rlplastic.config import CRITIC_OF, VARIANTS, Config
 from rlplastic.errors import ConfigurationError, nearest
 from rlplastic.kernels import dispatch
 
@@ -31,6 +31,17 @@ MACHINE_KEYS = ("device", "threads", "env.threads", "precision", "kernels", "com
 FEW_CORES = 16
 """Below this a CPU gets small networks and batches."""
 Setting = int | float | str
+OWN: dict[str, dict[str, tuple[Setting, str]]] = {
+    "sac": {
+        "precision": ("float32", "agent=sac has no bfloat16"),
+        "env.num_envs": (4, "few, since every transition has an update"),
+        "agent.critic_width": (256, "Stable-Baselines3's"),
+        "agent.actor_width": (256, "Stable-Baselines3's"),
+        "replay.batch_size": (256, "Stable-Baselines3's"),
+        "replay_ratio": (1.0, "Stable-Baselines3's"),
+    }
+}
+"""What an agent's open settings are whatever the hardware, each with its reason."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +156,7 @@ class _Settling:
     def settle(self, key: str, value: Setting, reason: str, warning: str = "") -> None:
         """Fill in one open (`None` or `auto`) setting; a given one is reported as given."""
         node, name = _locate(self.config, key)
+        value, reason = OWN.get(self.config.agent.name, {}).get(key, (value, reason))
         if getattr(node, name) in (None, "auto"):
             then = self.machine.settings.setdefault(key, value)
             if then != value:
@@ -197,7 +209,8 @@ class _Settling:
         self.settle("replay.capacity", 10_000_000 if large else 1_000_000, f"published {where}" if large else where)
         batch, capacity = config.replay.batch_size or 1, config.replay.capacity or 1
         tenth = int(min(config.env_steps or math.inf, capacity)) // 10
-        minimum = max(min(5_000 if self.on_cpu else 100_000, tenth), min(batch, capacity))
+        few = self.on_cpu or "env.num_envs" in OWN.get(config.agent.name, {})
+        minimum = max(min(5_000 if few else 100_000, tenth), min(batch, capacity))
         self.settle("replay.minimum", minimum, "random transitions before the first update")
         pace = "balances simulation and learning" if self.on_cpu else "two updates per vector step"
         self.settle("replay_ratio", 0.5 if self.on_cpu else 2 / envs, pace)
@@ -231,6 +244,8 @@ POSITIVE = (
     "agent.critic_width",
     "agent.actor_width",
     "agent.num_blocks",
+    "agent.critic_depth",
+    "agent.actor_depth",
     "agent.n_step",
     "agent.learning_rate",
     "agent.final_learning_rate",
@@ -264,6 +279,8 @@ MOST = {
     "agent.critic_width": 16_384,
     "agent.actor_width": 16_384,
     "agent.num_blocks": 100,
+    "agent.critic_depth": 100,
+    "agent.actor_depth": 100,
     "critic.num_atoms": 10_000,
     "critic.num_members": 100,
     "evaluation.episodes": 10_000,
@@ -274,8 +291,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "env.backend": ("envpool", "gymnasium"),
     "env.vectorization": ("sync", "async"),
     "env.autoreset": ("next_step", "same_step", "disabled"),
-    "agent.name": ("flashsac",),
-    "critic.kind": ("categorical",),
+    "agent.name": tuple(VARIANTS["agent"]),
+    "critic.kind": tuple(VARIANTS["critic"]),
     "schedule.kind": ("budget", "horizon"),
     "monitor.mode": ("off",),
     "replay.observation_dtype": ("float32", "float16", "bfloat16", "int8"),
@@ -294,39 +311,62 @@ def check(config: Config) -> None:
         ConfigurationError: naming the key, the value, what was expected.
     """
     for key in POSITIVE:
-        node, name = _locate(config, key)
-        value = getattr(node, name)
+        value = _value(config, key)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ConfigurationError(f"{key}={value} is out of range; expected a number above 0")
     for key, most in MOST.items():
-        node, name = _locate(config, key)
-        value = getattr(node, name)
+        value = _value(config, key)
         if value is not None and value > most:
             raise ConfigurationError(f"{key}={value} is out of range; expected at most {most:,}")
     for key, valid in CHOICES.items():
-        node, name = _locate(config, key)
-        value = getattr(node, name)
+        value = _value(config, key)
         if value not in valid:
             raise ConfigurationError(f"{key}={value!r} is not a choice; {nearest(str(value), valid)}")
+    _check_variants(config)
     for key, value in {"agent.gamma": config.agent.gamma, "env.gamma": config.env.gamma}.items():
         if value is not None and not 0 <= value < 1:
             raise ConfigurationError(f"{key}={value} is out of range; expected a discount in [0, 1)")
     if not 0 < config.agent.target_rate <= 1:
         raise ConfigurationError(f"agent.target_rate={config.agent.target_rate} is out of range; expected (0, 1]")
     for key in ("replay.priority_exponent", "replay.importance_exponent"):
-        node, name = _locate(config, key)
-        if not 0 <= getattr(node, name) <= 1:
-            raise ConfigurationError(f"{key}={getattr(node, name)} is out of range; expected a number in [0, 1]")
+        if not 0 <= _value(config, key) <= 1:
+            raise ConfigurationError(f"{key}={_value(config, key)} is out of range; expected a number in [0, 1]")
     if not 0 <= config.replay.holdout <= 0.5:
         raise ConfigurationError(
             f"replay.holdout={config.replay.holdout} is out of range; expected a share of episodes in [0, 0.5]"
         )
-    if config.critic.num_atoms < 2:
-        raise ConfigurationError(f"critic.num_atoms={config.critic.num_atoms} is too few; expected at least 2 atoms")
+    atoms = _value(config, "critic.num_atoms")
+    if atoms is not None and atoms < 2:
+        raise ConfigurationError(f"critic.num_atoms={atoms} is too few; expected at least 2 atoms")
+    decay = _value(config, "agent.weight_decay")
+    if decay is not None and not 0 <= decay < math.inf:
+        raise ConfigurationError(f"agent.weight_decay={decay} is out of range; expected 0 or more")
     if config.seed < 0:
         raise ConfigurationError(f"seed={config.seed} is out of range; expected a number of 0 or more")
     if config.evaluation.every is not None and config.evaluation.every < 0:
         raise ConfigurationError(f"evaluation.every={config.evaluation.every} is out of range; expected 0 or more")
+
+
+def _value(config: Config, key: str) -> Any:  # noqa: ANN401 - of whatever type the setting has
+    """A setting by its dotted key; None where this run's agent or critic has no such setting."""
+    node, name = _locate(config, key)
+    return getattr(node, name, None)
+
+
+def _check_variants(config: Config) -> None:
+    """The agent and the critic are those whose settings are there, and go together."""
+    for key, node in {"agent.name": config.agent, "critic.kind": config.critic}.items():
+        group, _, name = key.partition(".")
+        value = getattr(node, name)
+        if not isinstance(node, VARIANTS[group][value]):
+            raise ConfigurationError(f"{key}={value} does not change the {group}; expected {group}={value} instead")
+    if config.critic.kind != CRITIC_OF[config.agent.name]:
+        raise ConfigurationError(
+            f"critic={config.critic.kind} does not go with agent={config.agent.name} yet; expected "
+            f"critic={CRITIC_OF[config.agent.name]}"
+        )
+    if config.precision == "bf16" and config.agent.name == "sac":
+        raise ConfigurationError("precision=bf16 does not go with agent=sac; expected float32, or tf32 on a GPU")
 
 
 def _check_sizes(config: Config) -> None:

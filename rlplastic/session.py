@@ -336,7 +336,7 @@ def _build(
     if needed > there:
         raise ConfigurationError(
             f"the networks need {needed / 1e9:.1f} GB but {config.device} has {there / 1e9:.1f} GB left; lower "
-            "agent.critic_width, agent.actor_width or agent.num_blocks"
+            "agent.critic_width, agent.actor_width or the number of their layers"
         )
     agent = make_agent(config, envs.observation_dims, envs.action_dim)
     taken = named_parts(config.init_what) if config.init_from is not None else []

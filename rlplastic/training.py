@@ -17,7 +17,7 @@ from rlplastic.agents import make_agent, working_bytes
 from rlplastic.checkpoint import CheckpointStore, Loaded
 from rlplastic.command_line import override_key
 from rlplastic.composition import compose
-from rlplastic.config import Config
+from rlplastic.config import Config, SACConfig
 from rlplastic.errors import ConfigurationError, telling_of_memory
 from rlplastic.evaluation import Evaluation
 from rlplastic.initialisation import initialise
@@ -251,12 +251,14 @@ def describe(session: Session, choices: Iterable[Choice]) -> list[tuple[str, str
         if part
     )
     horizon = "the budget" if config.schedule.kind == "budget" else f"{config.schedule.horizon:,} updates"
+    constant = isinstance(config.agent, SACConfig) and config.agent.final_learning_rate is None
+    rates = "learning rates are constant" if constant else f"learning rates follow half a cosine over {horizon}"
     return [
         ("environment", envs.description, f"observations: {groups}; {envs.action_dim} actions in [-1, 1]"),
         ("autoreset", envs.autoreset.value, "declared by the backend"),
         ("seed", str(config.seed), "training, evaluation and every rebuild use different streams of it"),
         ("budget", budget, "whichever comes first" if " or " in budget else "then a final evaluation"),
-        ("schedule", config.schedule.kind, f"learning rates follow half a cosine over {horizon}"),
+        ("schedule", config.schedule.kind, rates),
         (
             "replay memory",
             f"{total / 1e6:,.0f} MB",

@@ -21,7 +21,7 @@ MISTAKES = [
     ("sed=3", "unknown key 'sed'; did you mean 'seed'"),
     ("agent.gama=0.9", "did you mean 'agent.gamma'"),
     ("env=humanod", "env=humanod is not a choice of env; did you mean 'humanoid'"),
-    ("agent=ppo", "agent=ppo is not a choice of agent; valid names: flashsac"),
+    ("agent=ppo", "agent=ppo is not a choice of agent; valid names: flashsac, sac"),
     ("monitor=full", "monitor=full is not a choice of monitor"),
     ("preset=paper", "did you mean 'paper_"),
     ("seed=abc", "seed=abc was refused"),
@@ -35,8 +35,10 @@ MISTAKES = [
     ("~agent", "'~agent' would leave out a part that every run needs"),
     ("~seed", "expected key=value"),
     ("env=env_schema", "env=env_schema is not a choice of env"),
-    ("agent=agent_schema", "agent=agent_schema is not a choice of agent; valid names: flashsac"),
-    ("critic=null", "critic=null is not a choice of critic; valid names: categorical"),
+    ("agent=sac_schema", "agent=sac_schema is not a choice of agent; did you mean 'sac'"),
+    ("critic=null", "critic=null is not a choice of critic; valid names: categorical, scalar"),
+    ("agent.layer_norm=true", "agent.layer_norm=true is a setting of agent=sac, but this run has agent=flashsac"),
+    ("critic=scaler", "critic=scaler is not a choice of critic; did you mean 'scalar'"),
     ("env=[hopper,ant]", "env=[hopper,ant] is not a choice of env; did you mean 'hopper'"),
 ]
 
@@ -47,6 +49,51 @@ def test_a_mistake_in_an_override_is_explained_in_one_sentence(override: str, se
         compose([override])
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["agent.num_blocks=3"], "agent.num_blocks=3 is a setting of agent=flashsac, but this run has agent=sac"),
+        (
+            ["critic.num_atoms=3"],
+            "critic.num_atoms=3 is a setting of critic=categorical, but this run has critic=scalar",
+        ),
+        (["preset=paper_cpu"], "preset=paper_cpu sets agent.noise_per_env, which is a setting of agent=flashsac"),
+        (["agent.layer_nrm=true"], "did you mean 'agent.layer_norm'"),
+    ],
+)
+def test_a_setting_of_another_agent_is_refused_with_the_agent_that_has_it(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        compose(["agent=sac", *overrides])
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["agent=sac", "critic=categorical"],
+            "critic=categorical does not go with agent=sac yet; expected critic=scalar",
+        ),
+        (["critic=scalar"], "critic=scalar does not go with agent=flashsac yet; expected critic=categorical"),
+        (["agent=sac", "precision=bf16"], "precision=bf16 does not go with agent=sac"),
+        (["agent=sac", "agent.name=flashsac"], "expected agent=flashsac instead"),
+        (["agent=sac", "agent.weight_decay=-1"], "agent.weight_decay=-1.0 is out of range"),
+        (["agent=sac", "agent.actor_depth=0"], "agent.actor_depth=0 is out of range"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_in_one_sentence(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        resolve(compose(overrides), machine())
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_agent_brings_its_critic_and_the_order_of_the_words_does_not_matter() -> None:
+    for overrides in (["agent=sac"], ["critic=scalar", "agent=sac"], ["agent=sac", "critic=scalar"]):
+        config = compose(overrides)
+        assert (config.agent.name, config.critic.kind) == ("sac", "scalar")
+    assert compose([]).critic.kind == "categorical"
 
 
 OUT_OF_RANGE = [

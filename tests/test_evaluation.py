@@ -22,7 +22,7 @@ from rlplastic import evaluation
 from rlplastic.agents.flashsac import FlashSAC
 from rlplastic.checkpoint import CheckpointStore
 from rlplastic.command_line import run_verb
-from rlplastic.config import AgentConfig, Config, CriticConfig, EnvConfig
+from rlplastic.config import CategoricalCriticConfig, Config, EnvConfig, FlashSACConfig
 from rlplastic.envs.base import AutoresetMode, Step
 from rlplastic.errors import ConfigurationError, NonFiniteError
 from rlplastic.evaluation import Evaluation, evaluate, first_episodes
@@ -243,9 +243,9 @@ def run(tmp_path: Path) -> Path:
     path = tmp_path / "runs" / "pendulum"
     path.mkdir(parents=True)
     config = Config(env=EnvConfig(family="classic", task="Pendulum-v1", num_envs=2), seed=5)
-    config.agent = AgentConfig(critic_width=8, actor_width=8, gamma=0.99)
+    config.agent = FlashSACConfig(critic_width=8, actor_width=8, gamma=0.99)
     (path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
-    agent = FlashSAC({"policy": 3}, 1, 2, config.agent, CriticConfig(), seed=5)
+    agent = FlashSAC({"policy": 3}, 1, 2, config.agent, CategoricalCriticConfig(), seed=5)
     CheckpointStore(path / "checkpoints", keep=2).save(1234, {"agent": agent.state_dict()}, {})
     return path
 

@@ -11,15 +11,16 @@ import torch
 from omegaconf import OmegaConf
 
 from rlplastic.agents.flashsac import FlashSAC
+from rlplastic.agents.sac import SAC
 from rlplastic.checkpoint import CheckpointStore
-from rlplastic.config import AgentConfig, Config, CriticConfig, EnvConfig
+from rlplastic.config import CategoricalCriticConfig, Config, EnvConfig, FlashSACConfig, SACConfig, ScalarCriticConfig
 from rlplastic.errors import CheckpointError, ConfigurationError
 from rlplastic.policy import load_policy, read_config
 
 
 def agent_of(dims: dict[str, int], actions: int, width: int, blocks: int, seed: int = 0) -> FlashSAC:
-    config = AgentConfig(critic_width=8, actor_width=width, num_blocks=blocks, gamma=0.99)
-    agent = FlashSAC(dims, actions, 1, config, CriticConfig(num_atoms=5), seed=seed)
+    config = FlashSACConfig(critic_width=8, actor_width=width, num_blocks=blocks, gamma=0.99)
+    agent = FlashSAC(dims, actions, 1, config, CategoricalCriticConfig(num_atoms=5), seed=seed)
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():  # statistics as after training
         for name, value in agent.learner.actor.named_buffers():
@@ -27,7 +28,7 @@ def agent_of(dims: dict[str, int], actions: int, width: int, blocks: int, seed: 
     return agent
 
 
-def save(run: Path, agent: FlashSAC, step: int = 100, config: Config | None = None) -> Path:
+def save(run: Path, agent: FlashSAC | SAC, step: int = 100, config: Config | None = None) -> Path:
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config or Config()))))
     return CheckpointStore(run / "checkpoints", keep=5).save(step, {"agent": agent.state_dict()}, {"progress": {}}).path
@@ -50,6 +51,21 @@ def test_loaded_policy_acts_bit_for_bit_as_the_saved_agent(
     assert np.abs(actions_found).max() <= 1
     np.testing.assert_array_equal(actions_found, agent.act(observation))
     np.testing.assert_array_equal(policy.act({"policy": observation["policy"]}), actions_found)
+
+
+@pytest.mark.parametrize(("depth", "layer_norm"), [(1, False), (3, True)])
+def test_a_policy_of_plain_sac_is_loaded_too(tmp_path: Path, depth: int, layer_norm: bool) -> None:
+    settings = SACConfig(critic_width=8, actor_width=16, actor_depth=depth, layer_norm=layer_norm, gamma=0.99)
+    agent = SAC({"policy": 5}, 2, 1, settings, ScalarCriticConfig())
+    config = Config(agent=settings, critic=ScalarCriticConfig())
+    save(tmp_path / "run", agent, config=config)
+    policy = load_policy(tmp_path / "run")
+    observation = {"policy": np.random.default_rng(0).normal(size=(9, 5)).astype(np.float32)}
+    np.testing.assert_array_equal(policy.act(observation), agent.act(observation))
+    assert policy.config == config and policy.observation_dim == 5
+    CheckpointStore(tmp_path / "run" / "checkpoints", keep=5).save(200, {"agent": {"updates": torch.tensor(1)}}, {})
+    with pytest.raises(CheckpointError, match="holds no actor of agent=sac"):
+        load_policy(tmp_path / "run")
 
 
 def test_newest_checkpoint_is_taken_and_its_step_told(tmp_path: Path) -> None:
@@ -158,7 +174,7 @@ def test_checkpoint_without_a_flashsac_actor_is_a_checkpoint_error(tmp_path: Pat
     state = {name: value for name, value in agent.state_dict().items() if name != missing}
     save(tmp_path, agent)
     CheckpointStore(tmp_path / "checkpoints", keep=5).save(200, {"agent": state}, {})
-    with pytest.raises(CheckpointError, match="holds no FlashSAC actor"):
+    with pytest.raises(CheckpointError, match="holds no actor of agent=flashsac"):
         load_policy(tmp_path)
     CheckpointStore(tmp_path / "checkpoints", keep=5).save(300, {"other": state}, {})
     with pytest.raises(CheckpointError, match="agent"):

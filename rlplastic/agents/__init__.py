@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from rlplastic.agents.base import Agent
 from rlplastic.agents.flashsac import FlashSAC
-from rlplastic.config import Config
+from rlplastic.agents.flashsac import networks as flashsac_networks
+from rlplastic.agents.sac import SAC
+from rlplastic.agents.sac import networks as sac_networks
+from rlplastic.config import CategoricalCriticConfig, Config, FlashSACConfig, SACConfig, ScalarCriticConfig
+
+Actor = flashsac_networks.Actor | sac_networks.Actor
 
 
 def _flashsac(
     config: Config, observation_dims: Mapping[str, int], action_dim: int, compile: Callable[[Any], Any]
 ) -> FlashSAC:
     assert config.env.num_envs is not None, "resolve the configuration first"
+    assert isinstance(config.agent, FlashSACConfig) and isinstance(config.critic, CategoricalCriticConfig)
     return FlashSAC(
         dict(observation_dims),
         action_dim,
@@ -21,7 +29,7 @@ def _flashsac(
         config.agent,
         config.critic,
         seed=config.seed,
-        planned_updates=config.schedule.horizon if config.schedule.kind == "horizon" else None,
+        planned_updates=_planned_updates(config),
         device=config.device,
         bf16=config.precision == "bf16",
         kernels=config.kernels,
@@ -29,22 +37,77 @@ def _flashsac(
     )
 
 
-FACTORIES: dict[str, Callable[..., Agent]] = {"flashsac": _flashsac}
+def _sac(config: Config, observation_dims: Mapping[str, int], action_dim: int, compile: Callable[[Any], Any]) -> SAC:
+    assert config.env.num_envs is not None, "resolve the configuration first"
+    assert isinstance(config.agent, SACConfig) and isinstance(config.critic, ScalarCriticConfig)
+    return SAC(
+        dict(observation_dims),
+        action_dim,
+        config.env.num_envs,
+        config.agent,
+        config.critic,
+        seed=config.seed,
+        planned_updates=_planned_updates(config),
+        device=config.device,
+        compile=compile,
+    )
+
+
+def _planned_updates(config: Config) -> int | None:
+    return config.schedule.horizon if config.schedule.kind == "horizon" else None
+
+
+FACTORIES: dict[str, Callable[..., Agent]] = {"flashsac": _flashsac, "sac": _sac}
 """Agent by `agent.name`."""
+ACTORS: dict[str, Callable[[Mapping[str, Tensor]], Actor]] = {
+    "flashsac": flashsac_networks.actor_like,
+    "sac": sac_networks.actor_like,
+}
+"""What makes an actor of the sizes of saved tensors, by `agent.name`."""
+
+
+class _Sizes(NamedTuple):
+    """What memory follows from; norms and biases are left out."""
+
+    critic: int
+    """Parameters of one member."""
+    actor: int
+    """Parameters of the actor."""
+    of_critic: int
+    """Activations of a row in one member, that are kept for the gradient."""
+    of_actor: int
+    """Activations of a row in the actor."""
+
+
+def _sizes(config: Config, observation_dims: Mapping[str, int], action_dim: int) -> _Sizes:
+    agent, critic = config.agent, config.critic
+    assert agent.critic_width and agent.actor_width, "resolve the configuration first"
+    width, narrow = agent.critic_width, agent.actor_width
+    policy = observation_dims["policy"]
+    inputs = observation_dims.get("critic", policy) + action_dim
+    if isinstance(agent, SACConfig):
+        deep, shallow = agent.critic_depth, agent.actor_depth
+        kept = 3 if agent.layer_norm else 2  # before and after the ReLU, and the norm between
+        return _Sizes(
+            critic=inputs * width + (deep - 1) * width**2 + width,
+            actor=policy * narrow + (shallow - 1) * narrow**2 + 2 * narrow * action_dim,
+            of_critic=inputs + kept * deep * width,
+            of_actor=policy + kept * shallow * narrow,
+        )
+    assert isinstance(agent, FlashSACConfig) and isinstance(critic, CategoricalCriticConfig)
+    blocks = agent.num_blocks
+    return _Sizes(
+        critic=inputs * width + blocks * 8 * width**2 + width * critic.num_atoms,
+        actor=policy * narrow + blocks * 8 * narrow**2 + 2 * narrow * action_dim,
+        of_critic=inputs + width * (1 + 5 * blocks) + critic.num_atoms,
+        of_actor=policy + narrow * (1 + 5 * blocks),
+    )
 
 
 def parameter_bytes(config: Config, observation_dims: Mapping[str, int], action_dim: int) -> int:
     """Bytes of parameters, their gradients, Adam's moments and the target critic; float32, norms left out."""
-    agent, members = config.agent, config.critic.num_members
-    assert agent.critic_width and agent.actor_width, "resolve the configuration first"
-
-    def trunk(inputs: int, width: int) -> int:
-        return inputs * width + agent.num_blocks * 8 * width**2
-
-    critic = trunk(observation_dims.get("critic", observation_dims["policy"]) + action_dim, agent.critic_width)
-    critic += agent.critic_width * config.critic.num_atoms
-    actor = trunk(observation_dims["policy"], agent.actor_width) + 2 * agent.actor_width * action_dim
-    return 4 * (5 * members * critic + 4 * actor)
+    sizes = _sizes(config, observation_dims, action_dim)
+    return 4 * (5 * config.critic.num_members * sizes.critic + 4 * sizes.actor)
 
 
 def working_bytes(config: Config, observation_dims: Mapping[str, int], action_dim: int) -> int:
@@ -53,11 +116,9 @@ def working_bytes(config: Config, observation_dims: Mapping[str, int], action_di
     An estimate. Of every activation there are about six: before and after its norm, for prediction and target, and
     their gradients.
     """
-    agent, members = config.agent, config.critic.num_members
-    assert agent.critic_width and agent.actor_width and config.replay.batch_size, "resolve the configuration first"
-    of_critic = observation_dims.get("critic", observation_dims["policy"]) + action_dim
-    row = members * (of_critic + agent.critic_width * (1 + 5 * agent.num_blocks) + config.critic.num_atoms)
-    row += observation_dims["policy"] + agent.actor_width * (1 + 5 * agent.num_blocks)
+    assert config.replay.batch_size, "resolve the configuration first"
+    sizes = _sizes(config, observation_dims, action_dim)
+    row = config.critic.num_members * sizes.of_critic + sizes.of_actor
     moments = parameter_bytes(config, observation_dims, action_dim) * 3 // 5
     return moments + 6 * 4 * row * 2 * config.replay.batch_size
 

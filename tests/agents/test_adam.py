@@ -40,6 +40,19 @@ def test_it_equals_torchs_fused_adam_bit_for_bit_whatever_the_rate(device: str) 
     assert optimizer.rate == rate
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_with_weight_decay_it_equals_torchs_fused_adamw_bit_for_bit(device: str) -> None:
+    ours, theirs = parameters(device), parameters(device)
+    optimizer, oracle = Adam(ours, 0.1), torch.optim.AdamW(theirs, weight_decay=0.1, fused=True)
+    for step in range(20):
+        optimizer.step(gradients(step, device), 1e-2 / (1 + step))
+        oracle.param_groups[0]["lr"] = 1e-2 / (1 + step)
+        for parameter, gradient in zip(theirs, gradients(step, device), strict=True):
+            parameter.grad = gradient
+        oracle.step()
+    assert all(torch.equal(mine, other) for mine, other in zip(ours, theirs, strict=True))
+
+
 def test_it_continues_from_a_saved_state_and_starts_anew_from_an_empty_one() -> None:
     whole, halves = parameters(), parameters()
     optimizer, first = Adam(whole), Adam(halves)

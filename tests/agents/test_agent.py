@@ -14,7 +14,7 @@ from synchronisation import no_synchronisation
 from rlplastic.agents import make_agent, parameter_bytes
 from rlplastic.agents.flashsac import FlashSAC, update
 from rlplastic.composition import compose
-from rlplastic.config import AgentConfig, CriticConfig
+from rlplastic.config import CategoricalCriticConfig, FlashSACConfig
 from rlplastic.envs.base import Step
 from rlplastic.presets import probe_machine, resolve
 from rlplastic.progress import MetricMeans
@@ -25,8 +25,10 @@ ACTIONS, ENVS, ROWS = 2, 4, 16
 
 
 def agent_of(dims: dict[str, int] = DIMS, *, seed: int = 0, planned: int | None = None, **settings: Any) -> FlashSAC:
-    config = AgentConfig(critic_width=16, actor_width=8, gamma=0.99, **settings)
-    return FlashSAC(dims, ACTIONS, ENVS, config, CriticConfig(num_atoms=11), seed=seed, planned_updates=planned)
+    config = FlashSACConfig(critic_width=16, actor_width=8, gamma=0.99, **settings)
+    return FlashSAC(
+        dims, ACTIONS, ENVS, config, CategoricalCriticConfig(num_atoms=11), seed=seed, planned_updates=planned
+    )
 
 
 def batch_of(index: int = 0, dims: dict[str, int] = DIMS) -> Batch:
@@ -325,8 +327,8 @@ def test_losses_are_what_is_compiled() -> None:
         compiled.append(function)
         return function
 
-    config = AgentConfig(critic_width=16, actor_width=8, gamma=0.99)
-    FlashSAC(DIMS, ACTIONS, ENVS, config, CriticConfig(num_atoms=11), compile=compile_)
+    config = FlashSACConfig(critic_width=16, actor_width=8, gamma=0.99)
+    FlashSAC(DIMS, ACTIONS, ENVS, config, CategoricalCriticConfig(num_atoms=11), compile=compile_)
     assert compiled == [update.actor_loss, update.critic_loss]
 
 
@@ -341,8 +343,8 @@ def test_updates_and_their_metrics_never_wait_for_the_device(monkeypatch: pytest
 
 @pytest.mark.gpu
 def test_updates_never_wait_for_a_real_device() -> None:
-    config = AgentConfig(critic_width=16, actor_width=8, gamma=0.99)
-    agent = FlashSAC(DIMS, ACTIONS, ENVS, config, CriticConfig(num_atoms=11), device="cuda")
+    config = FlashSACConfig(critic_width=16, actor_width=8, gamma=0.99)
+    agent = FlashSAC(DIMS, ACTIONS, ENVS, config, CategoricalCriticConfig(num_atoms=11), device="cuda")
     batches = [on_gpu(batch_of(index)) for index in range(6)]
     for batch in batches[:2]:  # loading kernels may wait
         agent.update(batch, 0.5)
@@ -358,8 +360,8 @@ def test_updates_never_wait_for_a_real_device() -> None:
 def test_state_moves_between_devices_and_continues() -> None:
     cpu = agent_of()
     worked(cpu, 0, 3)
-    config = AgentConfig(critic_width=16, actor_width=8, gamma=0.99)
-    cuda = FlashSAC(DIMS, ACTIONS, ENVS, config, CriticConfig(num_atoms=11), device="cuda")
+    config = FlashSACConfig(critic_width=16, actor_width=8, gamma=0.99)
+    cuda = FlashSAC(DIMS, ACTIONS, ENVS, config, CategoricalCriticConfig(num_atoms=11), device="cuda")
     cuda.load_state_dict(cpu.state_dict())
     np.testing.assert_allclose(cuda.act(observation_of(0)), cpu.act(observation_of(0)), atol=1e-5)
     batch = batch_of()

@@ -10,16 +10,22 @@ import torch
 from rlplastic import seeding
 from rlplastic.agents.flashsac import FlashSAC
 from rlplastic.agents.steps import Inputs
-from rlplastic.config import AgentConfig, CriticConfig
+from rlplastic.config import CategoricalCriticConfig, FlashSACConfig
 
 OBSERVATIONS, ACTIONS, ROWS, UPDATES = 6, 2, 32, 100
 compiler = partial(torch.compile, dynamic=False, fullgraph=True)
 
 
 def agent_of(bf16: bool, compile=lambda function: function) -> FlashSAC:
-    settings = AgentConfig(critic_width=16, actor_width=8, num_blocks=1, gamma=0.99)
+    settings = FlashSACConfig(critic_width=16, actor_width=8, num_blocks=1, gamma=0.99)
     return FlashSAC(
-        {"policy": OBSERVATIONS}, ACTIONS, 1, settings, CriticConfig(num_atoms=21), bf16=bf16, compile=compile
+        {"policy": OBSERVATIONS},
+        ACTIONS,
+        1,
+        settings,
+        CategoricalCriticConfig(num_atoms=21),
+        bf16=bf16,
+        compile=compile,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 
 from rlplastic.agents.flashsac import FlashSAC
 from rlplastic.agents.steps import Inputs
-from rlplastic.config import AgentConfig, CriticConfig
+from rlplastic.config import CategoricalCriticConfig, FlashSACConfig
 
 GOLDEN = Path(__file__).parents[1] / "data" / "flashsac_golden.npz"
 RENAMES = [
@@ -55,7 +55,7 @@ def recorded(golden: np.lib.npyio.NpzFile, moment: str) -> dict[str, torch.Tenso
 
 def agent_of(golden: np.lib.npyio.NpzFile, compile=lambda function: function) -> FlashSAC:
     config = json.loads(str(golden["config"]))
-    settings = AgentConfig(
+    settings = FlashSACConfig(
         critic_width=config["critic_hidden"], actor_width=config["actor_hidden"], gamma=config["gamma"]
     )
     agent = FlashSAC(
@@ -63,7 +63,7 @@ def agent_of(golden: np.lib.npyio.NpzFile, compile=lambda function: function) ->
         config["action_dim"],
         1,
         settings,
-        CriticConfig(),
+        CategoricalCriticConfig(),
         planned_updates=config["lr_decay_steps"],
         compile=compile,
     )

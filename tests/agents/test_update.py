@@ -15,7 +15,7 @@ from rlplastic.agents.adam import Adam
 from rlplastic.agents.flashsac import FlashSAC, update
 from rlplastic.agents.flashsac.networks import Critic
 from rlplastic.agents.layers import NormBounds
-from rlplastic.config import AgentConfig, CriticConfig
+from rlplastic.config import CategoricalCriticConfig, FlashSACConfig
 
 POLICY, PRIVILEGED, ACTIONS, ROWS, ATOMS, SUPPORT = 4, 6, 2, 5, 9, 5.0
 State = dict[str, np.ndarray]
@@ -23,8 +23,8 @@ State = dict[str, np.ndarray]
 
 def learner_of(seed: int = 0) -> update.Learner:
     """A small learner in float64 whose parameters and statistics have left their initial values."""
-    settings = AgentConfig(critic_width=8, actor_width=8, gamma=0.99, initial_alpha=0.2)
-    values = CriticConfig(num_atoms=ATOMS, support=SUPPORT)
+    settings = FlashSACConfig(critic_width=8, actor_width=8, gamma=0.99, initial_alpha=0.2)
+    values = CategoricalCriticConfig(num_atoms=ATOMS, support=SUPPORT)
     learner = FlashSAC({"policy": POLICY, "critic": PRIVILEGED}, ACTIONS, 1, settings, values, seed=seed).learner
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():

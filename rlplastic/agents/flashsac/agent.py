@@ -20,7 +20,7 @@ from rlplastic.agents.flashsac.exploration import HeldNoise
 from rlplastic.agents.flashsac.networks import Actor, Critic
 from rlplastic.agents.layers import NormBounds
 from rlplastic.agents.reward_scaling import RewardScaler
-from rlplastic.config import AgentConfig, CriticConfig
+from rlplastic.config import CategoricalCriticConfig, FlashSACConfig
 from rlplastic.envs.base import Observation, Step
 from rlplastic.kernels.categorical import categorical_target, categorical_target_triton
 
@@ -51,8 +51,8 @@ class FlashSAC:
         observation_dims: dict[str, int],
         action_dim: int,
         num_envs: int,
-        agent: AgentConfig,
-        critic: CriticConfig,
+        agent: FlashSACConfig,
+        critic: CategoricalCriticConfig,
         *,
         seed: int = 0,
         planned_updates: int | None = None,

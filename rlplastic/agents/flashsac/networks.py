@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ class Actor(nn.Module):
 
     def __init__(self, observation_dim: int, action_dim: int, width: int, num_blocks: int) -> None:
         super().__init__()
+        self.observation_dim = observation_dim
         self.trunk = Trunk(observation_dim, width, num_blocks)
         self.head = GaussianHead(width, action_dim)
 
@@ -45,3 +48,15 @@ class Critic(nn.Module):
         x = torch.cat((observation.mT, action.mT))
         logits: Tensor = self.head(self.trunk(x, batch_statistics, bf16))
         return logits
+
+
+def actor_like(state: Mapping[str, Tensor]) -> Actor:
+    """An actor of the sizes of saved tensors, initialised anew.
+
+    Raises:
+        KeyError: a tensor is missing.
+        ValueError: a tensor has another number of dimensions.
+    """
+    width, observation_dim = state["trunk.embed.weight"].shape
+    blocks = {name.split(".")[2] for name in state if name.startswith("trunk.blocks.")}
+    return Actor(observation_dim, len(state["head.mean_bias"]), width, len(blocks))

@@ -1,0 +1,106 @@
+"""Actor and critic of plain SAC (arXiv 1812.05905): ReLU layers, optionally with layer normalisation before each ReLU.
+
+As in FlashSAC's layers, ``members=N`` puts a leading dimension N before every parameter: twin critics are one module
+and one batched product. Activations lie rows first here, (N, B, dim), since no norm sums over the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
+
+
+class Linear(nn.Module):
+    """Affine map, initialised as ``torch.nn.Linear``: weights and biases uniform within 1/sqrt(in_features)."""
+
+    def __init__(self, in_features: int, out_features: int, members: int | None = None) -> None:
+        super().__init__()
+        lead = () if members is None else (members,)
+        bound = 1 / math.sqrt(in_features)
+        self.weight = nn.Parameter(torch.empty(*lead, out_features, in_features).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(*lead, out_features).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., B, in_features) to (..., B, out_features)."""
+        if self.weight.ndim == 2:
+            return F.linear(x, self.weight, self.bias)
+        shared = x.expand(len(self.weight), *x.shape[-2:])
+        return torch.baddbmm(self.bias.unsqueeze(-2), shared, self.weight.mT)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation (arXiv 1607.06450) with a gain and a bias per member."""
+
+    def __init__(self, dim: int, members: int | None = None, eps: float = 1e-5) -> None:
+        super().__init__()
+        lead = () if members is None else (members,)
+        self.eps = eps
+        self.gain = nn.Parameter(torch.ones(*lead, dim))
+        self.bias = nn.Parameter(torch.zeros(*lead, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise every row of (..., B, dim)."""
+        normalised = F.layer_norm(x, x.shape[-1:], eps=self.eps)
+        return normalised * self.gain.unsqueeze(-2) + self.bias.unsqueeze(-2)
+
+
+def trunk(input_dim: int, width: int, depth: int, layer_norm: bool, members: int | None = None) -> nn.Sequential:
+    """``depth`` hidden layers of ``width``: linear, layer normalisation if asked for, ReLU."""
+    layers: list[nn.Module] = []
+    for index in range(depth):
+        layers.append(Linear(width if index else input_dim, width, members))
+        if layer_norm:
+            layers.append(LayerNorm(width, members))
+        layers.append(nn.ReLU())
+    return nn.Sequential(*layers)
+
+
+class Actor(nn.Module):
+    """Policy observations (B, D) to the mean and log standard deviation of an unsquashed Gaussian."""
+
+    def __init__(self, observation_dim: int, action_dim: int, width: int, depth: int, layer_norm: bool = False) -> None:
+        super().__init__()
+        self.observation_dim = observation_dim
+        self.trunk = trunk(observation_dim, width, depth, layer_norm)
+        self.mean = Linear(width, action_dim)
+        self.log_std = Linear(width, action_dim)
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (B, A) and log_std (B, A), cut off to [-20, 2]."""
+        features = self.trunk(observation)
+        return self.mean(features), self.log_std(features).clamp(LOG_STD_MIN, LOG_STD_MAX)
+
+
+class Critic(nn.Module):
+    """An ensemble of scalar critics as one batched module."""
+
+    def __init__(
+        self, observation_dim: int, action_dim: int, width: int, depth: int, members: int, layer_norm: bool = False
+    ) -> None:
+        super().__init__()
+        self.trunk = trunk(observation_dim + action_dim, width, depth, layer_norm, members)
+        self.head = Linear(width, 1, members)
+
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        """(B, D) and (B, A) to values (members, B)."""
+        values: Tensor = self.head(self.trunk(torch.cat((observation, action), -1)))
+        return values.squeeze(-1)
+
+
+def actor_like(state: Mapping[str, Tensor]) -> Actor:
+    """An actor of the sizes of saved tensors, initialised anew.
+
+    Raises:
+        KeyError: a tensor is missing.
+        ValueError: a tensor has another number of dimensions.
+    """
+    width, observation_dim = state["trunk.0.weight"].shape
+    depth = sum(name.startswith("trunk.") and value.ndim == 2 for name, value in state.items())
+    normed = any(name.startswith("trunk.") and name.endswith(".gain") for name in state)
+    return Actor(observation_dim, len(state["mean.bias"]), width, depth, normed)
