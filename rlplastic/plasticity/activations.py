@@ -114,7 +114,8 @@ class ModuleReader:
     - ``functional=True``: what calls such as ``F.relu(x)`` or ``x.tanh()`` return, named by function and order,
       ``relu_0``. Activation modules are such calls too; calls outside of ``module(…)`` itself do not count.
 
-    A module that runs several times, as in a loss on s and s', is read at its first run.
+    A module that runs several times, as in a loss on s and s', is read at its first run. One activation module that
+    serves several layers within a run gives ``act``, ``act@1`` and so on.
 
     Args:
         module: the network; it runs in evaluation mode.
@@ -171,7 +172,7 @@ class ModuleReader:
 
         def record(name: str) -> Callable[..., None]:
             def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-                found[name] = inputs[0].detach().movedim(self.units, -1).clone()
+                found.setdefault(name, inputs[0].detach().movedim(self.units, -1).clone())
 
             return hook
 
@@ -220,11 +221,16 @@ class ModuleReader:
                 ends.remove()
             return
 
+        runs: list[int] = []
+
         def record(name: str, kind: Kind) -> Callable[..., None]:
             def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:  # noqa: ANN401
-                if name not in found:
-                    found[name] = self._layer(name, output, kind)
-                    raw.append(output)
+                if len(runs) > 1:
+                    return
+                shared = sum(other.split("@")[0] == name for other in found)
+                key = f"{name}@{shared}" if shared else name
+                found[key] = self._layer(key, output, kind)
+                raw.append(output)
 
             return hook
 
@@ -232,6 +238,7 @@ class ModuleReader:
         if wanted is None:
             wanted = {name: KINDS[type(part)] for name, part in self._names.items() if type(part) in KINDS}
         handles = [self._names[name].register_forward_hook(record(name, kind)) for name, kind in wanted.items()]
+        handles.append(self.module.register_forward_pre_hook(lambda *_: runs.append(1)))
         try:
             yield found, raw
         finally:

@@ -50,6 +50,25 @@ def test_functional_activations_are_read_in_order() -> None:
     assert torch.equal(found["tanh_1"].values, net.second(hidden).tanh())
 
 
+class Shared(nn.Module):
+    """One activation module serves two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.act = nn.Linear(3, 5), nn.Linear(5, 4), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.second(self.act(self.first(x))))
+
+
+def test_every_layer_of_a_shared_activation_is_read_but_not_the_second_run() -> None:
+    net, x = Shared(), normal(7, 3)
+    found = ModuleReader(net, lambda x: (net(x), net(2 * x)))(x)
+    assert list(found) == ["act", "act@1"]
+    assert torch.equal(found["act"].values, net.first(x).relu())
+    assert torch.equal(found["act@1"].values, net(x))
+
+
 @pytest.mark.parametrize("functional", [False, True])
 def test_gradients_are_those_of_the_loss_by_each_activation(functional: bool) -> None:
     net = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 1))
