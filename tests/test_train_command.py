@@ -342,13 +342,16 @@ def test_a_run_interrupted_while_it_sets_up_says_what_is_left(tmp_path: Path) ->
     assert told == ("error: interrupted at once; the last checkpoint, if any, is in place: rerun without fresh=true\n")
 
 
-def test_a_policy_needs_no_replay_beside_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("agent", ["flashsac", "sac"])
+def test_a_policy_needs_no_replay_beside_it(tmp_path: Path, agent: str) -> None:
     import shutil
 
     from rlplastic import load_policy
 
-    train_agent([*SMALL, "env_steps=300", f"runs={tmp_path}", "name=run"], quiet=True)
+    train_agent([*SMALL, f"agent={agent}", "env_steps=300", f"runs={tmp_path}", "name=run"], quiet=True)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "segments")
+    evaluate_main([f"run={tmp_path / 'run'}", "episodes=1"])
+    assert (tmp_path / "run" / "evaluation.json").is_file()
     policy = load_policy(tmp_path / "run")
     assert policy.act({"policy": np.zeros((2, 3))}).shape == (2, 1)  # type: ignore[dict-item]
     with pytest.raises(ConfigurationError, match="without the group 'policy'"):
