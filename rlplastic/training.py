@@ -160,10 +160,11 @@ def _train(config: Config, choices: list[Choice], directory: RunDirectory, view:
         with Tracker(directory.path) as tracker, view:
             reporter = Reporter(session, tracker, view)
             train(session, reporter)
+            peak = resources.peak_bytes()  # a film's renderer is no part of training
             if config.tracking.video:
                 _record(session, tracker, view)
         _say_where(directory, view)
-        view.note(f"peak memory: {resources.peak_bytes() / 1e9:.2f} GB; {expected / 1e9:.2f} GB were expected")
+        view.note(f"peak memory: {peak / 1e9:.2f} GB; {expected / 1e9:.2f} GB were expected")
         if config.profile:
             _tell_profile(session, view)
         if session.agent.updates == 0:
