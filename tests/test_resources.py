@@ -51,6 +51,13 @@ def test_memory_held_and_its_peak_follow_an_allocation() -> None:
     assert peak_bytes() >= before + 90_000_000
 
 
+def test_what_the_parent_held_is_no_part_of_a_childs_peak() -> None:
+    block = np.ones(500_000_000, np.uint8)
+    code = "from rlplastic.resources import peak_bytes; print(peak_bytes())"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(told.stdout) < 100_000_000 < block.nbytes
+
+
 def test_the_age_of_a_process_counts_from_its_beginning() -> None:
     code = "from rlplastic.resources import process_age; import time; time.sleep(0.3); print(process_age())"
     began = time.perf_counter()
