@@ -8,7 +8,9 @@ bounds how many steps that can be.
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -271,6 +273,8 @@ def build(config: Config, directory: RunDirectory, make_agent: Callable[..., Age
     Raises:
         ConfigurationError: the task is unknown, or the replay does not fit into memory.
     """
+    with suppress(ImportError):  # which is told below
+        importlib.import_module(config.env.backend)  # whose memory must not count as that of environments
     before = resident_bytes()
     envs = make_envs(config.env, seed=config.seed, role="train")
     try:
