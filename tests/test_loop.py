@@ -194,7 +194,13 @@ def test_a_run_whose_terminal_closes_saves_and_exits_130(tmp_path: Path) -> None
     """All the way: a session on a pseudo-terminal, whose other end is closed."""
     arguments = [*SMALL, "env_steps=1000000", "checkpoint.every=1000000", f"runs={tmp_path}", "name=run"]
     outer, inner = pty.openpty()
-    process = subprocess.Popen(command(*arguments), stdin=inner, stdout=inner, stderr=inner, start_new_session=True)
+
+    def heed() -> None:  # the tests themselves may run under nohup
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    process = subprocess.Popen(
+        command(*arguments), stdin=inner, stdout=inner, stderr=inner, start_new_session=True, preexec_fn=heed
+    )
     os.close(inner)
     # A row below the header, which only training writes: the banner speaks of learning before there is a thing to save.
     timing = tmp_path / "run" / "timing.csv"
@@ -202,7 +208,10 @@ def test_a_run_whose_terminal_closes_saves_and_exits_130(tmp_path: Path) -> None
         os.read(outer, 4096)
     os.close(outer)
     process.send_signal(signal.SIGHUP)
-    assert process.wait(timeout=120) == 130
+    try:
+        assert process.wait(timeout=120) == 130
+    finally:
+        process.kill()
     assert len(list((tmp_path / "run" / "checkpoints").glob("step_*"))) == 1
 
 
