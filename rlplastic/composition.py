@@ -21,6 +21,8 @@ from rlplastic.errors import ConfigurationError, nearest
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 INTEGRAL = re.compile(r"\d+(\.\d+)?e\+?\d+", re.IGNORECASE)
 """`1e6`: what people type for a whole number of steps."""
+PATH_KEYS = ("init_from", "runs", "name")
+"""May hold a `=`."""
 LIST_KEY = "init_what"
 """Takes names separated by commas, which Hydra would read as a sweep."""
 FREE_KEYS = ("env.kwargs.",)
@@ -65,7 +67,11 @@ def typed(composed: DictConfig) -> Config:
 
 
 def in_hydra_grammar(overrides: Sequence[str]) -> list[str]:
-    """The overrides as Hydra wants them: `++` before keys of free mappings, quotes around lists that are one value."""
+    """The overrides as Hydra wants them.
+
+    `++` before keys of free mappings; quotes around lists that are one value, and around paths with a `=`, which the
+    default names of runs have.
+    """
     plain = []
     for override in overrides:
         name, _, value = override.partition("=")
@@ -75,6 +81,8 @@ def in_hydra_grammar(overrides: Sequence[str]) -> list[str]:
             plain.append(f"{name}={int(float(value))}")
         elif name == LIST_KEY and "," in value and value[:1] not in "'\"":
             plain.append(f"{name}='{value}'")
+        elif name in PATH_KEYS and "=" in value and not set(value) & set("'\""):
+            plain.append(f"{name}=" + ",".join(f"'{part}'" for part in value.split(",")))
         else:
             plain.append(override)
     return plain

@@ -10,6 +10,8 @@ from pathlib import Path
 
 LIBRARIES = 75_000_000
 """What learning brings along, measured: scratch space of oneDNN, TensorBoard, an evaluation's environments."""
+FIRST_ENVIRONMENT = 60_000_000
+"""What the first environment may bring along once, a simulator's libraries above all."""
 COMPILER = 50_000_000
 """What compiling brings along, measured."""
 

@@ -34,7 +34,7 @@ from rlplastic.progress import Budget, MetricMeans, Progress, ReplayRatio, Stopw
 from rlplastic.replay import Holdout, Prioritisation, ReplayRing, Sampler
 from rlplastic.replay.memory import available_memory
 from rlplastic.replay.prefetch import PrefetchingSampler
-from rlplastic.resources import resident_bytes
+from rlplastic.resources import FIRST_ENVIRONMENT, resident_bytes
 from rlplastic.run_directory import RunDirectory
 
 MAX_SEGMENTS = 128
@@ -279,7 +279,7 @@ def build(config: Config, directory: RunDirectory, make_agent: Callable[..., Age
     envs = make_envs(config.env, seed=config.seed, role="train")
     try:
         observation = envs.reset()
-        each = max(resident_bytes() - before, 0) // envs.num_envs
+        each = max(resident_bytes() - before - FIRST_ENVIRONMENT, 0) // envs.num_envs
         session = _build(copy.deepcopy(config), directory, make_agent, store, envs, observation)
         session.environment_bytes = each
         return session

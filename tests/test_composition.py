@@ -7,7 +7,7 @@ import re
 import pytest
 from small_runs import run
 
-from rlplastic.composition import GROUPS, choices_of, compose, refuse_unknown
+from rlplastic.composition import GROUPS, choices_of, compose, in_hydra_grammar, refuse_unknown
 from rlplastic.envs.catalogue import EXAMPLES, FAMILIES
 from rlplastic.errors import ConfigurationError
 from rlplastic.presets import Machine, resolve
@@ -189,6 +189,12 @@ def test_published_settings_are_exactly_the_published_table() -> None:
         assert (config.agent.critic_width, config.agent.actor_width, config.agent.num_blocks) == (256, 128, 2)
         assert (config.schedule.kind, config.agent.n_step, config.agent.actor_every) == ("horizon", 1, 2)
         assert not config.overlap  # published: act, step, store, update, one after the other
+
+
+def test_the_default_name_of_a_run_can_be_given_although_it_has_an_equals_sign() -> None:
+    config = compose(["init_from=runs/hopper_flashsac_seed0_preset=debug", "name=a=b", "runs='x=y'"])
+    assert (config.init_from, config.name, config.runs) == ("runs/hopper_flashsac_seed0_preset=debug", "a=b", "x=y")
+    assert in_hydra_grammar(["init_from=r/a=1,r/b=2"]) == ["init_from='r/a=1','r/b=2'"]  # a sweep
 
 
 def test_the_command_line_wins_over_a_preset() -> None:
