@@ -244,8 +244,12 @@ def test_a_signal_ends_the_command_with_one_sentence_and_exit_code_130(number: s
     )
     command = [sys.executable, "-m", "rlplastic.envs.checker", "env=gymnasium", "task=slow_tasks:Slow-v0"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+
+    def heed() -> None:  # the tests themselves may run in the background, where a shell has SIGINT ignored
+        signal.signal(number, signal.SIG_DFL)
+
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline() == "started\n"
