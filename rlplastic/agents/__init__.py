@@ -17,44 +17,15 @@ from rlplastic.config import CategoricalCriticConfig, Config, FlashSACConfig, SA
 Actor = flashsac_networks.Actor | sac_networks.Actor
 
 
-def _flashsac(
-    config: Config, observation_dims: Mapping[str, int], action_dim: int, compile: Callable[[Any], Any]
-) -> FlashSAC:
-    assert config.env.num_envs is not None, "resolve the configuration first"
+def _flashsac(config: Config, **common: Any) -> FlashSAC:  # noqa: ANN401 - what `make_agent` hands to all agents
     assert isinstance(config.agent, FlashSACConfig) and isinstance(config.critic, CategoricalCriticConfig)
-    return FlashSAC(
-        dict(observation_dims),
-        action_dim,
-        config.env.num_envs,
-        config.agent,
-        config.critic,
-        seed=config.seed,
-        planned_updates=_planned_updates(config),
-        device=config.device,
-        bf16=config.precision == "bf16",
-        kernels=config.kernels,
-        compile=compile,
-    )
+    bf16 = config.precision == "bf16"
+    return FlashSAC(agent=config.agent, critic=config.critic, bf16=bf16, kernels=config.kernels, **common)
 
 
-def _sac(config: Config, observation_dims: Mapping[str, int], action_dim: int, compile: Callable[[Any], Any]) -> SAC:
-    assert config.env.num_envs is not None, "resolve the configuration first"
+def _sac(config: Config, **common: Any) -> SAC:  # noqa: ANN401
     assert isinstance(config.agent, SACConfig) and isinstance(config.critic, ScalarCriticConfig)
-    return SAC(
-        dict(observation_dims),
-        action_dim,
-        config.env.num_envs,
-        config.agent,
-        config.critic,
-        seed=config.seed,
-        planned_updates=_planned_updates(config),
-        device=config.device,
-        compile=compile,
-    )
-
-
-def _planned_updates(config: Config) -> int | None:
-    return config.schedule.horizon if config.schedule.kind == "horizon" else None
+    return SAC(agent=config.agent, critic=config.critic, **common)
 
 
 FACTORIES: dict[str, Callable[..., Agent]] = {"flashsac": _flashsac, "sac": _sac}
@@ -130,4 +101,14 @@ def make_agent(
     compile: Callable[[Any], Any] = lambda function: function,
 ) -> Agent:
     """The agent that a resolved configuration names; ``compile`` is applied to its loss functions."""
-    return FACTORIES[config.agent.name](config, observation_dims, action_dim, compile)
+    assert config.env.num_envs is not None, "resolve the configuration first"
+    return FACTORIES[config.agent.name](
+        config,
+        observation_dims=dict(observation_dims),
+        action_dim=action_dim,
+        num_envs=config.env.num_envs,
+        seed=config.seed,
+        planned_updates=config.schedule.horizon if config.schedule.kind == "horizon" else None,
+        device=config.device,
+        compile=compile,
+    )

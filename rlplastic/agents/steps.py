@@ -1,4 +1,4 @@
-"""What every soft actor-critic does alike (arXiv 1812.05905): inputs, temperature, target, schedule, saved state.
+"""What every soft actor-critic does alike (arXiv 1812.05905): inputs, steps, target, schedule, saved state.
 
 Plain functions, so that an agent's own `update` reads from top to bottom and takes from here only what is the same.
 None of them synchronises with the host.
@@ -7,9 +7,9 @@ None of them synchronises with the host.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -55,16 +55,86 @@ def inputs_of(batch: Batch, critic_group: str) -> Inputs:
     )
 
 
+@dataclass
+class Learner:
+    """Everything that an update of any soft actor-critic reads and moves."""
+
+    actor: nn.Module
+    critic: nn.Module
+    target_critic: nn.Module
+    log_alpha: nn.Parameter
+    actor_optimizer: Adam
+    critic_optimizer: Adam
+    temperature_optimizer: Adam
+    actor_loss: Callable[..., tuple[Tensor, Metrics]]
+    """The agent's ``update.actor_loss``, compiled or not."""
+    critic_loss: Callable[..., tuple[Tensor, Metrics]]
+    """The agent's ``update.critic_loss``, compiled or not."""
+    target_entropy: float
+    target_rate: float
+    backup_entropy: bool
+
+    def alpha(self) -> Tensor:
+        """The entropy temperature, detached."""
+        return self.log_alpha.detach().exp()
+
+
+def log_alpha_of(initial_alpha: float, network: nn.Module) -> nn.Parameter:
+    """The temperature's parameter (1,) at its start, where ``network`` lives."""
+    return nn.Parameter(torch.tensor([initial_alpha], device=next(network.parameters()).device).log())
+
+
+def policy_loss(
+    alpha: Tensor, action: Tensor, log_prob: Tensor, log_std: Tensor, value: Tensor
+) -> tuple[Tensor, Metrics]:
+    """E[alpha log pi(a|s) - Q(s, a)] and what is told of a policy.
+
+    Args:
+        alpha: (1,).
+        action: (B, A), squashed.
+        log_prob: (B,).
+        log_std: (B, A), before squashing.
+        value: (B,), the smaller of the members' values.
+    """
+    entropy = -log_prob.mean()
+    loss = (alpha * log_prob - value).mean()
+    metrics = {
+        "loss/actor": loss.detach(),
+        "policy/entropy": entropy.detach(),
+        "policy/action_mean": action.detach().mean(),
+        "policy/std": log_std.detach().exp().mean(),
+        "value/q_mean": value.detach().mean(),
+    }
+    return loss, metrics
+
+
+def actor_step(learner: Learner, inputs: Inputs, noise: Tensor, rate: float, *options: Any) -> Metrics:  # noqa: ANN401
+    """Move the actor along its loss, with the critic frozen; ``options`` go to the loss."""
+    learner.critic.requires_grad_(False)
+    loss, metrics = learner.actor_loss(learner.actor, learner.critic, learner.alpha(), inputs, noise, *options)
+    minimise(loss, learner.actor_optimizer, rate)
+    learner.critic.requires_grad_(True)
+    return metrics
+
+
+def critic_step(learner: Learner, inputs: Inputs, noise: Tensor, rate: float, *options: Any) -> Metrics:  # noqa: ANN401
+    """Move the critics towards their target; ``options`` go to the loss."""
+    networks = learner.actor, learner.critic, learner.target_critic
+    loss, metrics = learner.critic_loss(*networks, learner.alpha(), inputs, noise, learner.backup_entropy, *options)
+    minimise(loss, learner.critic_optimizer, rate)
+    return metrics
+
+
 def temperature_loss(log_alpha: Tensor, entropy: Tensor, target: float) -> Tensor:
     """alpha (H - H_target): alpha grows while the policy's entropy is below its target."""
     return log_alpha.exp() * (entropy - target)
 
 
-def temperature_step(log_alpha: nn.Parameter, optimizer: Adam, entropy: Tensor, target: float, rate: float) -> Metrics:
+def temperature_step(learner: Learner, entropy: Tensor, rate: float) -> Metrics:
     """Move log alpha towards the target entropy; ``entropy`` is that of the actor before its step."""
-    alpha = log_alpha.detach().exp()
-    loss = temperature_loss(log_alpha, entropy, target)
-    minimise(loss, optimizer, rate)
+    alpha = learner.alpha()
+    loss = temperature_loss(learner.log_alpha, entropy, learner.target_entropy)
+    minimise(loss, learner.temperature_optimizer, rate)
     return {"loss/temperature": loss.detach(), "policy/alpha": alpha}
 
 

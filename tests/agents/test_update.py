@@ -192,12 +192,12 @@ def moved(network: torch.nn.Module, before: State) -> bool:
 def test_each_step_moves_the_running_statistics_of_its_table() -> None:
     learner, inputs = learner_of(), inputs_of()
     networks = {"actor": learner.actor, "critic": learner.critic, "target": learner.target_critic}
-    steps = {
+    table = {
         "actor": (lambda: update.actor_step(learner, inputs, noise_of(2 * ROWS), 1e-3), {"actor"}),
-        "temperature": (lambda: update.temperature_step(learner, torch.tensor(0.3), 1e-3), set()),
+        "temperature": (lambda: steps.temperature_step(learner, torch.tensor(0.3), 1e-3), set()),
         "critic": (lambda: update.critic_step(learner, inputs, noise_of(ROWS), 1e-3), {"critic", "target"}),
     }
-    for name, (do, expected) in steps.items():
+    for name, (do, expected) in table.items():
         before = {key: buffers(network) for key, network in networks.items()}
         do()
         assert {key for key, network in networks.items() if moved(network, before[key])} == expected, name
@@ -278,7 +278,7 @@ def test_temperature_grows_while_the_policy_is_too_certain(entropy: float, grows
     learner = learner_of()
     learner.target_entropy = 0.0
     before = float(learner.alpha())
-    metrics = update.temperature_step(learner, torch.tensor(entropy).double(), 1e-2)
+    metrics = steps.temperature_step(learner, torch.tensor(entropy).double(), 1e-2)
     assert (float(learner.alpha()) > before) == grows
     assert float(metrics["policy/alpha"]) == pytest.approx(before)
     assert float(metrics["loss/temperature"]) == pytest.approx(before * entropy)

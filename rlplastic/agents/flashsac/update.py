@@ -29,42 +29,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlplastic.agents import steps
-from rlplastic.agents.adam import Adam
 from rlplastic.agents.flashsac.networks import Actor, Critic
 from rlplastic.agents.heads import squashed_sample
 from rlplastic.agents.layers import NormBounds
-from rlplastic.agents.steps import Inputs, Metrics, follow, minimise
+from rlplastic.agents.steps import Inputs, Metrics
 from rlplastic.kernels.categorical import categorical_target
 
 
 @dataclass
-class Learner:
-    """Everything an update reads and moves."""
+class Learner(steps.Learner):
+    """Also what bounds norms, what projects targets, and the precision of products."""
 
-    actor: Actor
-    critic: Critic
-    target_critic: Critic
-    log_alpha: torch.nn.Parameter
-    actor_optimizer: Adam
-    critic_optimizer: Adam
-    temperature_optimizer: Adam
     actor_bounds: NormBounds
     critic_bounds: NormBounds
-    actor_loss: Callable[..., tuple[Tensor, Metrics]]
-    """`actor_loss`, compiled or not."""
-    critic_loss: Callable[..., tuple[Tensor, Metrics]]
-    """`critic_loss`, compiled or not."""
     project: Callable[..., tuple[Tensor, Tensor]]
     """`categorical_target`, or the kernel that equals it."""
-    target_entropy: float
-    target_rate: float
-    backup_entropy: bool
     bf16: bool
     """Round the inputs and outputs of the trunks' products to bfloat16 in the losses; acting is always float32."""
-
-    def alpha(self) -> Tensor:
-        """The entropy temperature, detached."""
-        return self.log_alpha.detach().exp()
 
 
 def actor_loss(
@@ -80,16 +61,7 @@ def actor_loss(
     action, log_prob = actions[:rows], log_probs[:rows]
     logits = critic(inputs.critic_observation, action, False, bf16)
     value = critic.head.expected(logits).amin(0)
-    entropy = -log_prob.mean()
-    loss = (alpha * log_prob - value).mean()
-    metrics = {
-        "loss/actor": loss.detach(),
-        "policy/entropy": entropy.detach(),
-        "policy/action_mean": action.detach().mean(),
-        "policy/std": log_std.detach()[:rows].exp().mean(),
-        "value/q_mean": value.detach().mean(),
-    }
-    return loss, metrics
+    return steps.policy_loss(alpha, action, log_prob, log_std[:rows], value)
 
 
 def critic_loss(
@@ -140,35 +112,14 @@ def target_entropy(action_dim: int, std: float) -> float:
 
 def actor_step(learner: Learner, inputs: Inputs, noise: Tensor, rate: float) -> Metrics:
     """Move the actor along its loss, with the critic frozen, and re-project it."""
-    learner.critic.requires_grad_(False)
-    loss, metrics = learner.actor_loss(learner.actor, learner.critic, learner.alpha(), inputs, noise, learner.bf16)
-    minimise(loss, learner.actor_optimizer, rate)
-    learner.critic.requires_grad_(True)
+    metrics = steps.actor_step(learner, inputs, noise, rate, learner.bf16)
     learner.actor_bounds.project()
     return metrics
 
 
-def temperature_step(learner: Learner, entropy: Tensor, rate: float) -> Metrics:
-    """Move log alpha towards the target entropy; ``entropy`` is that of the actor before its step."""
-    return steps.temperature_step(
-        learner.log_alpha, learner.temperature_optimizer, entropy, learner.target_entropy, rate
-    )
-
-
 def critic_step(learner: Learner, inputs: Inputs, noise: Tensor, rate: float) -> Metrics:
     """Move the critic towards the projected target, re-project it, and let the target critic follow."""
-    loss, metrics = learner.critic_loss(
-        learner.actor,
-        learner.critic,
-        learner.target_critic,
-        learner.alpha(),
-        inputs,
-        noise,
-        learner.backup_entropy,
-        learner.bf16,
-        learner.project,
-    )
-    minimise(loss, learner.critic_optimizer, rate)
+    metrics = steps.critic_step(learner, inputs, noise, rate, learner.bf16, learner.project)
     learner.critic_bounds.project()
-    follow(learner.target_critic, learner.critic, learner.target_rate)
+    steps.follow(learner.target_critic, learner.critic, learner.target_rate)
     return metrics

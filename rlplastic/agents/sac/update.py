@@ -1,45 +1,18 @@
-"""One update of plain SAC, in the paper's order (arXiv 1812.05905, algorithm 1): critics, actor, temperature, target.
+"""The losses of plain SAC (arXiv 1812.05905, algorithm 1).
 
-The losses are pure functions of networks, batch and noise: everything random comes in as an argument, they can be
-compiled from outside, and nothing here synchronises with the host.
+They are pure functions of networks, batch and noise: everything random comes in as an argument, they can be compiled
+from outside, and nothing here synchronises with the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from rlplastic.agents.adam import Adam
+from rlplastic.agents import steps
 from rlplastic.agents.heads import squashed_sample
 from rlplastic.agents.sac.networks import Actor, Critic
-from rlplastic.agents.steps import Inputs, Metrics, minimise
-
-
-@dataclass
-class Learner:
-    """Everything an update reads and moves."""
-
-    actor: Actor
-    critic: Critic
-    target_critic: Critic
-    log_alpha: torch.nn.Parameter
-    actor_optimizer: Adam
-    critic_optimizer: Adam
-    temperature_optimizer: Adam
-    actor_loss: Callable[..., tuple[Tensor, Metrics]]
-    """`actor_loss`, compiled or not."""
-    critic_loss: Callable[..., tuple[Tensor, Metrics]]
-    """`critic_loss`, compiled or not."""
-    target_entropy: float
-    target_rate: float
-    backup_entropy: bool
-
-    def alpha(self) -> Tensor:
-        """The entropy temperature, detached."""
-        return self.log_alpha.detach().exp()
+from rlplastic.agents.steps import Inputs, Metrics
 
 
 def critic_loss(
@@ -83,36 +56,4 @@ def actor_loss(actor: Actor, critic: Critic, alpha: Tensor, inputs: Inputs, nois
     mean, log_std = actor(inputs.observation)
     action, log_prob = squashed_sample(mean, log_std, noise)
     value = critic(inputs.critic_observation, action).amin(0)
-    loss = (alpha * log_prob - value).mean()
-    metrics = {
-        "loss/actor": loss.detach(),
-        "policy/entropy": -log_prob.detach().mean(),
-        "policy/action_mean": action.detach().mean(),
-        "policy/std": log_std.detach().exp().mean(),
-        "value/q_mean": value.detach().mean(),
-    }
-    return loss, metrics
-
-
-def critic_step(learner: Learner, inputs: Inputs, noise: Tensor, rate: float) -> Metrics:
-    """Move the critics towards their target."""
-    loss, metrics = learner.critic_loss(
-        learner.actor,
-        learner.critic,
-        learner.target_critic,
-        learner.alpha(),
-        inputs,
-        noise,
-        learner.backup_entropy,
-    )
-    minimise(loss, learner.critic_optimizer, rate)
-    return metrics
-
-
-def actor_step(learner: Learner, inputs: Inputs, noise: Tensor, rate: float) -> Metrics:
-    """Move the actor along its loss, with the critic frozen."""
-    learner.critic.requires_grad_(False)
-    loss, metrics = learner.actor_loss(learner.actor, learner.critic, learner.alpha(), inputs, noise)
-    minimise(loss, learner.actor_optimizer, rate)
-    learner.critic.requires_grad_(True)
-    return metrics
+    return steps.policy_loss(alpha, action, log_prob, log_std, value)

@@ -1,0 +1,194 @@
+"""What FlashSAC and plain SAC are alike as the loop sees them: acting, reward statistics, schedule, exact state.
+
+They differ in their networks and losses, in the noise they explore with, and in the order of an update's steps.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rlplastic import seeding
+from rlplastic.agents import steps
+from rlplastic.agents.exploration import uniform_actions
+from rlplastic.agents.reward_scaling import RewardScaler
+from rlplastic.config import FlashSACConfig, SACConfig
+from rlplastic.envs.base import Observation, Step
+
+if TYPE_CHECKING:
+    from rlplastic.replay.sample import Batch
+
+L = TypeVar("L", bound=steps.Learner)
+
+
+class SoftActorCritic(ABC, Generic[L]):
+    """An agent around a learner; see `rlplastic.agents.base.Agent` for what each method owes the loop.
+
+    Args:
+        learner: networks, optimizers and losses, on ``device``.
+        agent: hyper-parameters.
+        scaler: statistics that rewards are scaled by.
+        action_dim: action dimensions.
+        critic_group: the observation group that the critic reads.
+        seed: everything random is a function of it and of step counts.
+        planned_updates: stretch the learning-rate cosine over this many critic updates (the published schedule);
+            None: over the budget, by the fraction given to `update`.
+        device: where the networks live.
+    """
+
+    ACTOR_ROWS: ClassVar[int] = 1
+    """Rows of noise that an actor step takes for each row of the batch."""
+
+    def __init__(
+        self,
+        learner: L,
+        agent: FlashSACConfig | SACConfig,
+        scaler: RewardScaler,
+        *,
+        action_dim: int,
+        critic_group: str,
+        seed: int,
+        planned_updates: int | None,
+        device: torch.device | str,
+    ) -> None:
+        self.learner = learner
+        self.config, self.device, self.seed = agent, torch.device(device), seed
+        self.action_dim = action_dim
+        self.updates = 0
+        self.td_error: Tensor | None = None
+        self.modules: dict[str, nn.Module] = {
+            "actor": learner.actor,
+            "critic": learner.critic,
+            "target_critic": learner.target_critic,
+        }
+        self._critic_group = critic_group
+        self._planned_updates = planned_updates
+        self._scaler = scaler
+        self._reward_scale = torch.ones((), device=self.device)
+
+    # Acting
+
+    @abstractmethod
+    def exploration_noise(self, step: int, active: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """Standard-normal noise (N, A) of vector step ``step``; see `rlplastic.agents.base.Agent.explore`."""
+
+    @torch.no_grad()
+    def explore(
+        self, observation: Observation, step: int, active: NDArray[np.bool_], uniform: bool
+    ) -> NDArray[np.float32]:
+        """Actions tanh(mean + std * noise), or uniform random ones."""
+        if uniform:
+            return uniform_actions(len(active), self.action_dim, self.seed, step)
+        noise = torch.from_numpy(self.exploration_noise(step, active)).to(self.device)
+        mean, log_std = self.learner.actor(self._policy_input(observation))
+        actions: NDArray[np.float32] = torch.tanh(mean + log_std.exp() * noise).cpu().numpy()
+        return actions
+
+    @torch.no_grad()
+    def act(self, observation: Observation) -> NDArray[np.float32]:
+        """Deterministic actions tanh(mean), (N, A)."""
+        mean, _ = self.learner.actor(self._policy_input(observation))
+        actions: NDArray[np.float32] = torch.tanh(mean).cpu().numpy()
+        return actions
+
+    def _policy_input(self, observation: Observation) -> Tensor:
+        return torch.from_numpy(observation["policy"]).to(self.device)
+
+    # Learning
+
+    def observe(self, step: Step, valid: NDArray[np.bool_]) -> None:
+        """Take in one vector step's rewards; the scale used by the next sampled batch follows."""
+        self._scaler.observe(step.reward, step.terminated | step.truncated, valid)
+
+    @property
+    def reward_scale(self) -> Tensor:
+        """Scalar that rewards are multiplied with at sampling time, brought up to date on the device."""
+        return self._reward_scale.fill_(self._scaler.scale)
+
+    def update(self, batch: Batch, budget_used: float) -> dict[str, Tensor]:
+        """One update on a batch whose rewards are already scaled, with noise of its own."""
+        rng = seeding.generator(self.device, self.seed, "update", self.updates)
+        rows = len(batch.reward)
+
+        def noise(count: int) -> Tensor:
+            return torch.randn(count, self.action_dim, generator=rng, device=self.device)
+
+        actor_noise = noise(self.ACTOR_ROWS * rows) if self.actor_is_due else None
+        return self.update_with(steps.inputs_of(batch, self._critic_group), actor_noise, noise(rows), budget_used)
+
+    @property
+    def actor_is_due(self) -> bool:
+        """Whether the next update moves the actor and the temperature."""
+        return self.updates % self.config.actor_every == 0
+
+    def update_with(
+        self, inputs: steps.Inputs, actor_noise: Tensor | None, target_noise: Tensor, budget_used: float
+    ) -> dict[str, Tensor]:
+        """One update with the given standard-normal noise, for the actor when it is due and (B, A) for a'."""
+        metrics = self.move(inputs, actor_noise, target_noise, budget_used)
+        self.td_error = metrics.pop("td_error", None)
+        self.updates += 1
+        return metrics
+
+    @abstractmethod
+    def move(
+        self, inputs: steps.Inputs, actor_noise: Tensor | None, target_noise: Tensor, budget_used: float
+    ) -> dict[str, Tensor]:
+        """The steps of one update in the agent's order; noise as for `update_with`."""
+
+    def learning_rate(self, index: int, budget_used: float) -> float:
+        """The rate of an optimizer's ``index``-th step (from 0): constant unless there is a final one."""
+        if self.config.final_learning_rate is None:
+            return self.config.learning_rate
+        position = steps.position_of(index, budget_used, self._planned_updates)
+        return steps.learning_rate(position, self.config.learning_rate, self.config.final_learning_rate)
+
+    def norms(self) -> dict[str, Tensor]:
+        """Nothing where no norm is bounded."""
+        return {}
+
+    # State
+
+    def _optimizers(self) -> steps.Optimizers:
+        learner = self.learner
+        return {
+            "actor": (learner.actor_optimizer, learner.actor),
+            "critic": (learner.critic_optimizer, learner.critic),
+            "temperature": (learner.temperature_optimizer, None),
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Networks, optimizers, temperature, reward statistics and counters as flat CPU tensors."""
+        state = steps.learned_state(self.modules, self.learner.log_alpha, self._optimizers())
+        state |= {f"reward.{entry}": value for entry, value in self._scaler.state_dict().items()}
+        state["updates"] = torch.tensor(self.updates)
+        return {name: value.detach().cpu() for name, value in state.items()}
+
+    def initialise(self, state: dict[str, Tensor], parts: Sequence[str]) -> None:
+        """Take ``actor`` (with the temperature) or ``critic`` (with its target and the reward statistics).
+
+        Raises:
+            RuntimeError: names or shapes differ.
+        """
+        if "actor" in parts:
+            steps.take_actor(state, self.learner.actor, self.learner.log_alpha)
+        if "critic" in parts:
+            steps.take_critic(state, self.learner.critic, self.learner.target_critic)
+            # The critic's values are in units of the scaled return, so the scale comes along.
+            self._scaler.load_state_dict(self._scaler.state_dict() | {"moments": state["reward.moments"]})
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state_dict`, bit for bit.
+
+        Raises:
+            RuntimeError: names or shapes differ from this agent's.
+        """
+        steps.load_learned_state(state, self.modules, self.learner.log_alpha, self._optimizers())
+        self._scaler.load_state_dict(steps.part(state, "reward."))
+        self.updates = int(state["updates"])
