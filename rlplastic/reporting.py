@@ -140,15 +140,13 @@ class Reporter:
         with self.view.during("evaluating"):
             result = evaluate(act, session.config.env, seed=session.config.seed, episodes=episodes, index=step)
         self.last_evaluation = result
-        low, high = result.ci95
-        row = EvaluationRow(
-            step, session.agent.updates, episodes, result.mean, result.std, low, high, float(np.mean(result.lengths))
-        )
+        row = EvaluationRow.of(step, session.agent.updates, result)
         self._shown_evaluation = row
         with self._logging():
             self.tracker.evaluation(row)
         self.view.note(
-            f"evaluation at step {step:,}: return {result.mean:.5g}, 95 % interval [{low:.5g}, {high:.5g}] "
+            f"evaluation at step {step:,}: return {row.return_mean:.5g}, 95 % interval "
+            f"[{row.return_ci95_low:.5g}, {row.return_ci95_high:.5g}] "
             f"over {episodes} episodes"
         )
         session.watch.lap("evaluate")

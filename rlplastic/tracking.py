@@ -21,13 +21,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlplastic.errors import ConfigurationError, LogWriteError
 from rlplastic.run_directory import remedy
+
+if TYPE_CHECKING:
+    from rlplastic.evaluation import Evaluation
 
 SECTIONS = {
     "env": "waiting for the simulator",
@@ -90,6 +93,13 @@ class EvaluationRow(NamedTuple):
     return_ci95_low: float
     return_ci95_high: float
     length_mean: float
+
+    @classmethod
+    def of(cls, step: int, updates: int, result: Evaluation) -> EvaluationRow:
+        """The row of an evaluation after ``step`` transitions and ``updates``."""
+        low, high = result.ci95
+        episodes, length = len(result.returns), float(np.mean(result.lengths))
+        return cls(step, updates, episodes, result.mean, result.std, low, high, length)
 
 
 class TimingRow(NamedTuple):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,33 @@ def run(*overrides: str, verb: str = "train", **options: object) -> subprocess.C
     return subprocess.run(  # type: ignore[call-overload,no-any-return]
         command(*overrides, verb=verb), capture_output=True, text=True, env=environment, check=False, **options
     )
+
+
+SLOW_TASK = """
+import gymnasium, time
+class Slow(gymnasium.Env):
+    observation_space = action_space = gymnasium.spaces.Box(-1, 1, (1,))
+    def reset(self, *, seed=None, options=None):
+        print('started', flush=True)
+        time.sleep(60)
+gymnasium.register('Slow-v0', Slow, max_episode_steps=9)
+"""
+"""A module with a task that says when it is reset, and then takes its time."""
+
+
+def heeding(number: signal.Signals) -> Callable[[], None]:
+    """For ``preexec_fn``: the process heeds a signal even if the tests run under nohup or in a shell's background."""
+
+    def heed() -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    return heed
+
+
+def with_module(folder: Path, name: str, source: str) -> dict[str, str]:
+    """Writes a module into ``folder``; returns the variables of a process that can import it."""
+    (folder / f"{name}.py").write_text(source)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
 
 
 def final_state(path: Path) -> dict[str, object]:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from small_runs import SMALL, command, final_state, run
+from small_runs import SMALL, command, final_state, heeding, run
 
 from rlplastic import session, train_agent
 from rlplastic.command_line import run_verb
@@ -194,10 +194,7 @@ def test_a_run_whose_terminal_closes_saves_and_exits_130(tmp_path: Path) -> None
     """All the way: a session on a pseudo-terminal, whose other end is closed."""
     arguments = [*SMALL, "env_steps=1000000", "checkpoint.every=1000000", f"runs={tmp_path}", "name=run"]
     outer, inner = pty.openpty()
-
-    def heed() -> None:  # the tests themselves may run under nohup
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
+    heed = heeding(signal.SIGHUP)
     process = subprocess.Popen(
         command(*arguments), stdin=inner, stdout=inner, stderr=inner, start_new_session=True, preexec_fn=heed
     )

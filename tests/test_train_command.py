@@ -11,7 +11,7 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
-from small_runs import SMALL, command, run
+from small_runs import SLOW_TASK, SMALL, command, run, with_module
 
 from rlplastic import train_agent
 from rlplastic.command_line import parse, run_verb
@@ -320,17 +320,8 @@ def test_an_interrupted_fresh_run_says_how_to_resume(tmp_path: Path) -> None:
 
 
 def test_a_run_interrupted_while_it_sets_up_says_what_is_left(tmp_path: Path) -> None:
-    (tmp_path / "slow_tasks.py").write_text(
-        "import gymnasium, time\n"
-        "class Slow(gymnasium.Env):\n"
-        "    observation_space = action_space = gymnasium.spaces.Box(-1, 1, (1,))\n"
-        "    def reset(self, *, seed=None, options=None):\n"
-        "        print('started', flush=True)\n"
-        "        time.sleep(60)\n"
-        "gymnasium.register('Slow-v0', Slow, max_episode_steps=9)\n"
-    )
     arguments = [*SMALL, "env=gymnasium", "env.task=slow_tasks:Slow-v0", f"runs={tmp_path}", "name=run"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    environment = with_module(tmp_path, "slow_tasks", SLOW_TASK)
     with subprocess.Popen(
         command(*arguments), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

@@ -7,9 +7,7 @@ turn, so that whatever else the machine does falls on all of them. A batch count
 from __future__ import annotations
 
 import logging
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -18,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rlplastic.benchmarking.timing import interleaved
 from rlplastic.envs.base import AutoresetMode, Step
 from rlplastic.replay import ReplayRing, Sampler, memory
 
@@ -43,7 +42,7 @@ def measure(options: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - the verb's 
         for n_step in (1, 3):
             contenders = {name: _ours(ring, batch, n_step) for name, ring in rings.items()}
             contenders |= {name: make(batch, n_step) for name, make in peers.items()}
-            times = _interleaved({name: draw for name, (_, draw) in contenders.items()}, options.repeats)
+            times = interleaved({name: draw for name, (_, draw) in contenders.items()}, options.repeats, burst=5)
             ours = times["rlplastic"]
             rows += [
                 {
@@ -57,19 +56,6 @@ def measure(options: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - the verb's 
                 for name, (size, _) in contenders.items()
             ]
     return rows
-
-
-def _interleaved(draws: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median microseconds of each, asked in turn in short bursts."""
-    seen: dict[str, list[float]] = {name: [] for name in draws}
-    for repeat in range(repeats + 2):
-        for name, draw in draws.items():
-            for _ in range(5):
-                started = time.perf_counter()
-                draw()
-                if repeat > 1:  # the first rounds warm up
-                    seen[name].append((time.perf_counter() - started) * 1e6)
-    return {name: statistics.median(values) for name, values in seen.items()}
 
 
 def _data(rows: int) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]]:

@@ -6,8 +6,6 @@ HalfCheetah's sizes, and filled and sampled in turn, so that whatever else the m
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +13,7 @@ import numpy as np
 import torch
 
 from rlplastic.benchmarking import loop
+from rlplastic.benchmarking.timing import interleaved
 from rlplastic.envs.base import AutoresetMode, Step
 from rlplastic.presets import probe_machine
 from rlplastic.replay import ReplayRing, Sampler
@@ -72,12 +71,4 @@ def _replay(capacities: tuple[int, ...], repeats: int) -> dict[tuple[str, int], 
         for _ in range(ring.num_slots):
             ring.add(actions, step, always)
         works |= {(kind, capacity): work for kind, work in works_of(ring).items()}
-    seen: dict[tuple[str, int], list[float]] = {name: [] for name in works}
-    for repeat in range(repeats + 2):
-        for name, work in works.items():
-            for _ in range(20):
-                started = time.perf_counter()
-                work()
-                if repeat > 1:  # the first rounds warm up
-                    seen[name].append((time.perf_counter() - started) * 1e6)
-    return {name: statistics.median(values) for name, values in seen.items()}
+    return interleaved(works, repeats, burst=20)

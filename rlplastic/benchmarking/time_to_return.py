@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,7 @@ from rlplastic.config import EnvConfig
 from rlplastic.errors import ConfigurationError, nearest
 from rlplastic.evaluation import Evaluation, evaluate
 from rlplastic.resources import process_age
+from rlplastic.tracking import EvaluationRow
 
 CAPTION = (
     "Mean deterministic return of one seed. The clock starts with the process, compilation included, evaluations "
@@ -135,18 +136,8 @@ class Entry:
         return cls(common.get("task", "HalfCheetah-v5"), minutes, episodes, seed, threads, folder, given)
 
 
-class Row(NamedTuple):
-    """One row of ``eval.csv``; ``train_seconds`` is the contender's clock when the evaluation began."""
-
-    step: int
-    updates: int
-    episodes: int
-    return_mean: float
-    return_std: float
-    return_ci95_low: float
-    return_ci95_high: float
-    length_mean: float
-    train_seconds: float
+COLUMNS = (*EvaluationRow._fields, "train_seconds")
+"""Of ``eval.csv``; ``train_seconds`` is the contender's clock when the evaluation began."""
 
 
 class Race:
@@ -161,7 +152,7 @@ class Race:
         self._evaluations = 0
         entry.folder.mkdir(parents=True, exist_ok=True)
         self._table, self._times = entry.folder / "eval.csv", entry.folder / "timing.csv"
-        _write(self._table, "w", Row._fields)
+        _write(self._table, "w", COLUMNS)
         _write(self._times, "w", ("attempt", "step", "updates", "wall_seconds", "train_seconds"))
 
     @property
@@ -190,13 +181,12 @@ class Race:
         with self.clock.paused():
             self._marks = [mark for mark in self._marks if mark > seconds]
             result = self._evaluate(act)
-            low, high = result.ci95
-            returns = (self.entry.episodes, result.mean, result.std, low, high)
-            _write(self._table, "a", Row(steps, updates, *returns, float(result.lengths.mean()), seconds))
+            row = EvaluationRow.of(steps, updates, result)
+            _write(self._table, "a", (*row, seconds))
             _write(self._times, "a", (1, steps, updates, self.clock.wall, seconds))
             print(
-                f"{seconds:.1f} s of training: return {result.mean:.5g} [{low:.5g}, {high:.5g}] after {steps:,} steps "
-                f"and {updates:,} updates",
+                f"{seconds:.1f} s of training: return {row.return_mean:.5g} [{row.return_ci95_low:.5g}, "
+                f"{row.return_ci95_high:.5g}] after {steps:,} steps and {updates:,} updates",
                 flush=True,
             )
         return not self._marks

@@ -6,8 +6,6 @@ shapes, strides and precision; the floor is the time that they take one after th
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -16,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rlplastic.acceleration import barrier
 from rlplastic.agents import make_agent
+from rlplastic.benchmarking.timing import interleaved
 from rlplastic.composition import compose
 from rlplastic.presets import probe_machine, resolve
 from rlplastic.replay.sample import Batch
@@ -57,17 +57,9 @@ def _row(width: int, batch: int, precision: str, mode: str, repeats: int) -> dic
     products = _products(lambda: _two(agent_with(lambda function: function), drawn))
     replay = _replay(products, machine.device)
     agent = agent_with(partial(torch.compile, dynamic=False, fullgraph=True) if mode == "on" else lambda f: f)
-    works: dict[str, Callable[[], None]] = {"update": lambda: _two(agent, drawn), "floor": replay}
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for repeat in range(repeats + 2):
-        for name, work in works.items():
-            started = time.perf_counter()
-            work()
-            if machine.device != "cpu":
-                torch.cuda.synchronize()
-            if repeat > 1:  # the first compile and warm up
-                times[name].append((time.perf_counter() - started) / 2 * 1e3)
-    update, floor = (statistics.median(times[name]) for name in ("update", "floor"))
+    works = {"update": lambda: _two(agent, drawn), "floor": replay}
+    times = interleaved(works, repeats, wait=barrier(machine.device))
+    update, floor = (times[name] / 2e3 for name in ("update", "floor"))
     return {
         "width": width,
         "batch": batch,

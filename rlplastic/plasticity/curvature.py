@@ -81,22 +81,42 @@ class Hessian:
         """``sample`` in the type and on the device of the parameters."""
         return sample.to(self._gradient)
 
+    def largest_eigenvalue(self, iterations: int = 50, tolerance: float = 1e-4, seed: int = 0) -> float:
+        """By power iteration; see `sharpness`."""
+        rng = torch.Generator().manual_seed(seed)
+        value = self._dominant(0.0, iterations, tolerance, rng)
+        return value if not value < 0 else value + self._dominant(value, iterations, tolerance, rng)
 
-def _dominant(hessian: Hessian, shift: float, iterations: int, tolerance: float, rng: torch.Generator) -> float:
-    """The eigenvalue of H - shift that is largest in size."""
-    vector = hessian.vector(torch.randn(hessian.size, generator=rng))
-    vector = vector / torch.linalg.vector_norm(vector)
-    value = 0.0
-    for _ in range(iterations):
-        image = hessian.times(vector) - shift * vector
-        before, value = value, float(vector @ image)
-        norm = torch.linalg.vector_norm(image)
-        if not float(norm) > 0:  # a zero Hessian, or NaN
-            return value
-        vector = image / norm
-        if abs(value - before) <= tolerance * abs(value):
-            break
-    return value
+    def _dominant(self, shift: float, iterations: int, tolerance: float, rng: torch.Generator) -> float:
+        """The eigenvalue of H - shift that is largest in size."""
+        vector = self.vector(torch.randn(self.size, generator=rng))
+        vector = vector / torch.linalg.vector_norm(vector)
+        value = 0.0
+        for _ in range(iterations):
+            image = self.times(vector) - shift * vector
+            before, value = value, float(vector @ image)
+            norm = torch.linalg.vector_norm(image)
+            if not float(norm) > 0:  # a zero Hessian, or NaN
+                return value
+            vector = image / norm
+            if abs(value - before) <= tolerance * abs(value):
+                break
+        return value
+
+    def trace(self, samples: int = 16, seed: int = 0) -> tuple[float, float]:
+        """An estimate and its standard error; see `hessian_trace`.
+
+        Raises:
+            ConfigurationError: fewer than 2 samples.
+        """
+        if samples < 2:
+            raise ConfigurationError(f"samples={samples} give no standard error; expected at least 2")
+        rng = torch.Generator().manual_seed(seed)
+        values = torch.empty(samples, dtype=torch.float64)
+        for index in range(samples):
+            signs = self.vector(2.0 * torch.randint(2, (self.size,), generator=rng) - 1.0)
+            values[index] = float(signs @ self.times(signs))
+        return float(values.mean()), float(values.std() / samples**0.5)
 
 
 def sharpness(
@@ -121,9 +141,7 @@ def sharpness(
     Raises:
         ConfigurationError: the loss reaches no parameter, or has no second derivatives.
     """
-    hessian, rng = Hessian(loss, parameters).check(), torch.Generator().manual_seed(seed)
-    value = _dominant(hessian, 0.0, iterations, tolerance, rng)
-    return value if not value < 0 else value + _dominant(hessian, value, iterations, tolerance, rng)
+    return Hessian(loss, parameters).check().largest_eigenvalue(iterations, tolerance, seed)
 
 
 def hessian_trace(loss: Tensor, parameters: Sequence[Tensor], samples: int = 16, seed: int = 0) -> tuple[float, float]:
@@ -140,14 +158,7 @@ def hessian_trace(loss: Tensor, parameters: Sequence[Tensor], samples: int = 16,
     Raises:
         ConfigurationError: fewer than 2 samples, or the loss reaches no parameter, or has no second derivatives.
     """
-    if samples < 2:
-        raise ConfigurationError(f"samples={samples} give no standard error; expected at least 2")
-    hessian, rng = Hessian(loss, parameters).check(), torch.Generator().manual_seed(seed)
-    values = torch.empty(samples, dtype=torch.float64)
-    for index in range(samples):
-        signs = hessian.vector(2.0 * torch.randint(2, (hessian.size,), generator=rng) - 1.0)
-        values[index] = float(signs @ hessian.times(signs))
-    return float(values.mean()), float(values.std() / samples**0.5)
+    return Hessian(loss, parameters).check().trace(samples, seed)
 
 
 def output_gradients(output: Callable[[Any], Tensor], samples: Sequence[Any], parameters: Sequence[Tensor]) -> Tensor:

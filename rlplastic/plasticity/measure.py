@@ -219,9 +219,7 @@ def _ranks(subject: Subject, batch: Any, seed: int) -> dict[str, Tensor | float]
                 f"ranks of layer {name} with {width} units were asked of {rows} rows; expected at least {2 * width}: "
                 "give a larger batch, or name the layers with rank_layers="
             )
-        found[f"{name}/effective_rank"] = ranks.effective_rank(layer.values)
-        found[f"{name}/srank_0.01"] = ranks.srank(layer.values)
-        found[f"{name}/stable_rank"] = ranks.stable_rank(layer.values)
+        found |= {f"{name}/{metric}": value for metric, value in ranks.all_ranks(layer.values).items()}
         # Distances between all pairs of rows: 256 of them tell as much as thousands.
         found[f"{name}/geometric_stability"] = representation.geometric_stability(layer.values[..., :256, :], seed=seed)
     return found
@@ -252,9 +250,9 @@ def _curvature(subject: Subject, batch: Any, samples: Sequence[Any], seed: int) 
     parameters = [p for p in subject.module.parameters() if p.requires_grad]
     if subject.loss is not None:
         with torch.enable_grad():
-            loss = subject.loss(batch)
-            found[f"{MODULE}/sharpness"] = curvature.sharpness(loss, parameters, seed=seed)
-            trace, error = curvature.hessian_trace(loss, parameters, seed=seed)
+            hessian = curvature.Hessian(subject.loss(batch), parameters).check()
+            found[f"{MODULE}/sharpness"] = hessian.largest_eigenvalue(seed=seed)
+            trace, error = hessian.trace(seed=seed)
         found[f"{MODULE}/hessian_trace"], found[f"{MODULE}/hessian_trace_error"] = trace, error
     if subject.output is not None and samples:
         kernel = curvature.ntk(curvature.output_gradients(subject.output, samples, parameters))

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from rlplastic.plasticity.units import where_finite, wide
 
+DELTA = 0.01
+
 
 def singular_values(features: Tensor) -> tuple[Tensor, Tensor]:
     """Singular values (..., min(rows, units)), descending, as fractions of the largest; and float64 features.
@@ -36,12 +38,10 @@ def effective_rank(features: Tensor) -> Tensor:
         (...), in [1, min(rows, units)], or 0.
     """
     values, h = singular_values(features)
-    total = values.sum(-1, keepdim=True)
-    entropy = torch.special.entr(values / total.clamp_min(1e-300)).sum(-1)
-    return where_finite(torch.where(total.squeeze(-1) > 0, entropy.exp(), 0.0), h)
+    return where_finite(_effective(values), h)
 
 
-def srank(features: Tensor, delta: float = 0.01) -> Tensor:
+def srank(features: Tensor, delta: float = DELTA) -> Tensor:
     """Smallest k whose k largest singular values hold 1 - delta of their sum (Kumar et al., arXiv 2010.14498).
 
     Args:
@@ -52,10 +52,7 @@ def srank(features: Tensor, delta: float = 0.01) -> Tensor:
         (...), a whole number as float64.
     """
     values, h = singular_values(features)
-    mass = values.cumsum(-1)
-    # The rounding of a sum must not ask for one more direction: equal values reach exactly 1 - delta.
-    short = mass < (1 - delta) * mass[..., -1:] * (1 - 1e-12)
-    return where_finite(torch.where(mass[..., -1] > 0, short.sum(-1) + 1.0, 0.0), h)
+    return where_finite(_srank(values, delta), h)
 
 
 def stable_rank(features: Tensor) -> Tensor:
@@ -68,4 +65,28 @@ def stable_rank(features: Tensor) -> Tensor:
         (...), in [1, min(rows, units)], or 0.
     """
     values, h = singular_values(features)
-    return where_finite(values.square().sum(-1), h)
+    return where_finite(_stable(values), h)
+
+
+def all_ranks(features: Tensor) -> dict[str, Tensor]:
+    """The three of them by name, (...) each, from one decomposition, which is nearly all that they cost."""
+    values, h = singular_values(features)
+    found = {"effective_rank": _effective(values), "srank_0.01": _srank(values, DELTA), "stable_rank": _stable(values)}
+    return {name: where_finite(rank, h) for name, rank in found.items()}
+
+
+def _effective(values: Tensor) -> Tensor:
+    total = values.sum(-1, keepdim=True)
+    entropy = torch.special.entr(values / total.clamp_min(1e-300)).sum(-1)
+    return torch.where(total.squeeze(-1) > 0, entropy.exp(), 0.0)
+
+
+def _srank(values: Tensor, delta: float) -> Tensor:
+    mass = values.cumsum(-1)
+    # The rounding of a sum must not ask for one more direction: equal values reach exactly 1 - delta.
+    short = mass < (1 - delta) * mass[..., -1:] * (1 - 1e-12)
+    return torch.where(mass[..., -1] > 0, short.sum(-1) + 1.0, 0.0)
+
+
+def _stable(values: Tensor) -> Tensor:
+    return values.square().sum(-1)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batches import random_batch
 from synchronisation import no_synchronisation
 
 from rlplastic.agents import make_agent, parameter_bytes
@@ -32,19 +33,7 @@ def agent_of(dims: dict[str, int] = DIMS, *, seed: int = 0, planned: int | None 
 
 
 def batch_of(index: int = 0, dims: dict[str, int] = DIMS) -> Batch:
-    rng = torch.Generator().manual_seed(1000 + index)
-
-    def groups() -> dict[str, torch.Tensor]:
-        return {name: torch.randn(ROWS, dim, generator=rng) for name, dim in dims.items()}
-
-    return Batch(
-        observation=groups(),
-        action=torch.rand(ROWS, ACTIONS, generator=rng) * 2 - 1,
-        reward=torch.randn(ROWS, generator=rng),
-        discount=0.99 * (torch.rand(ROWS, generator=rng) < 0.8).float(),
-        next_observation=groups(),
-        rows=torch.zeros(ROWS, dtype=torch.int64),
-    )
+    return random_batch(dims, ACTIONS, ROWS, index, kept=0.8)
 
 
 def on_gpu(batch: Batch) -> Batch:
@@ -354,6 +343,7 @@ def test_updates_never_wait_for_a_real_device() -> None:
             agent.update(batch, 0.5)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert agent.updates == len(batches)
 
 
 @pytest.mark.gpu

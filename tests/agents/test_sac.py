@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from batches import random_batch
 from synchronisation import no_synchronisation
 from torch import nn
 
@@ -35,20 +37,8 @@ def agent_of(seed: int = 0, compile: Any = lambda function: function, **settings
 
 
 def batch_of(index: int = 0, weights: bool = False) -> Batch:
-    rng = torch.Generator().manual_seed(1000 + index)
-
-    def groups() -> dict[str, torch.Tensor]:
-        return {name: torch.randn(ROWS, dim, generator=rng) for name, dim in DIMS.items()}
-
-    return Batch(
-        observation=groups(),
-        action=torch.rand(ROWS, ACTIONS, generator=rng) * 2 - 1,
-        reward=torch.randn(ROWS, generator=rng),
-        discount=GAMMA * (torch.rand(ROWS, generator=rng) < 0.7).float(),
-        next_observation=groups(),
-        rows=torch.zeros(ROWS, dtype=torch.int64),
-        weight=torch.linspace(0.2, 1, ROWS) if weights else None,
-    )
+    batch = random_batch(DIMS, ACTIONS, ROWS, index, kept=0.7)
+    return replace(batch, weight=torch.linspace(0.2, 1, ROWS)) if weights else batch
 
 
 def noise_of(seed: int) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_runs import SLOW_TASK, heeding, with_module
 
 from rlplastic.command_line import run_verb
 from rlplastic.envs import checker
@@ -233,23 +233,11 @@ def test_the_command_prints_a_table_and_leaves_with_0_or_2(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_command_with_one_sentence_and_exit_code_130(number: signal.Signals, tmp_path: Path) -> None:
-    (tmp_path / "slow_tasks.py").write_text(
-        "import gymnasium, time\n"
-        "class Slow(gymnasium.Env):\n"
-        "    observation_space = action_space = gymnasium.spaces.Box(-1, 1, (1,))\n"
-        "    def reset(self, *, seed=None, options=None):\n"
-        "        print('started', flush=True)\n"
-        "        time.sleep(60)\n"
-        "gymnasium.register('Slow-v0', Slow)\n"
-    )
     command = [sys.executable, "-m", "rlplastic.envs.checker", "env=gymnasium", "task=slow_tasks:Slow-v0"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
-
-    def heed() -> None:  # the tests themselves may run in the background, where a shell has SIGINT ignored
-        signal.signal(number, signal.SIG_DFL)
+    environment = with_module(tmp_path, "slow_tasks", SLOW_TASK)
 
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeding(number)
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline() == "started\n"

@@ -18,6 +18,7 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
+from small_runs import with_module
 
 from rlplastic.envs.base import AutoresetMode, VectorEnv, step
 from rlplastic.envs.gymnasium_adapter import GymnasiumEnv, _without_deprecations
@@ -376,7 +377,7 @@ def test_a_process_that_dies_is_told_and_the_others_are_ended(faulty: Callable[.
 
 def test_a_process_that_dies_while_it_is_made_is_told_and_nobody_waits_for_the_others(tmp_path: Path) -> None:
     """The copies of this process are made, and so is the first of the others."""
-    (tmp_path / "shy_tasks.py").write_text(
+    source = (
         "import os, pathlib, gymnasium\n"
         f"home, others = os.getpid(), pathlib.Path({str(tmp_path)!r}) / 'others'\n"
         "class Shy(gymnasium.Env):\n"
@@ -390,7 +391,7 @@ def test_a_process_that_dies_while_it_is_made_is_told_and_nobody_waits_for_the_o
         "gymnasium.register('Shy-v0', Shy, max_episode_steps=9)\n"
     )
     command = [sys.executable, "-m", "rlplastic.envs.checker", "env=gymnasium", "task=shy_tasks:Shy-v0"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    environment = with_module(tmp_path, "shy_tasks", source)
     done = subprocess.run(
         [*command, "vectorization=async"], env=environment, capture_output=True, text=True, check=False, timeout=120
     )
