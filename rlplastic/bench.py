@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from rlplastic.command_line import parse, run_verb
+from rlplastic.command_line import leave, parse, run_verb
 from rlplastic.errors import ConfigurationError, nearest
 
 SUBJECTS = ("replay", "loop", "scaling", "update", "time_to_return")
@@ -107,4 +107,4 @@ def _versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_verb(main, sys.argv[1:]))
+    leave(run_verb(main, sys.argv[1:]))

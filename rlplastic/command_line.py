@@ -7,18 +7,39 @@ valid name.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
 
-from rlplastic.errors import ConfigurationError, RlplasticError, nearest, telling_of_memory
+from rlplastic.errors import ConfigurationError, Interrupted, RlplasticError, nearest, telling_of_memory
 
 T = TypeVar("T")
+
+
+_asked = threading.Event()
+"""Whether a signal asked this process to end and was answered with a KeyboardInterrupt."""
+
+
+def stop_was_asked() -> bool:
+    """Whether a signal asked to end while a verb did not listen itself.
+
+    The KeyboardInterrupt that it raised may have been lost on its way: a callback of the import system or a destructor
+    swallows it, and a library that is cut short while it is imported may fail in another way.
+    """
+    return _asked.is_set()
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+    _asked.set()
+    raise KeyboardInterrupt
 
 
 def run_verb(
@@ -36,21 +57,43 @@ def run_verb(
         arguments: as typed.
         interrupted: what to say then, for verbs that leave something behind.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, signal.default_int_handler)
+    _asked.clear()
+    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
     try:
         with telling_of_memory("end what else takes it, or ask for less"):
             verb(arguments)
-    except RlplasticError as error:
+    except Interrupted as error:
         _complain(f"error: {error}")
         return error.exit_code
-    except KeyboardInterrupt:
-        _complain(f"error: {interrupted}")
-        return 130
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, KeyboardInterrupt) or stop_was_asked():
+            _complain(f"error: {interrupted}")
+            return Interrupted.exit_code
+        if not isinstance(error, RlplasticError):
+            raise
+        _complain(f"error: {error}")
+        return error.exit_code
     finally:
         _finish_output()
     return 0
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with an exit code of `run_verb`.
+
+    After an interruption the interpreter is not taken down: libraries whose import was cut short may not survive that,
+    and the exit code would be that of their death.
+    """
+    if code != Interrupted.exit_code:
+        sys.exit(code)
+    try:
+        atexit._run_exitfuncs()
+        _finish_output()
+    finally:
+        os._exit(code)
 
 
 def _complain(sentence: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from rlplastic.command_line import parse, run_verb
+from rlplastic.command_line import leave, parse, run_verb
 from rlplastic.errors import ConfigurationError
 
 
@@ -88,4 +88,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_verb(main, sys.argv[1:]))
+    leave(run_verb(main, sys.argv[1:]))

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rlplastic.command_line import stop_was_asked
 from rlplastic.errors import CheckpointWriteError, Interrupted, NonFiniteError
 from rlplastic.reporting import Reporter
 from rlplastic.session import Session
@@ -151,6 +152,8 @@ def stop_signals() -> Iterator[threading.Event]:
     SIGHUP, the end of the terminal, comes more than once: from the kernel and from the shell. `nohup` has it ignored.
     """
     event = threading.Event()
+    if stop_was_asked():  # while the run was set up, but nobody heard
+        event.set()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return

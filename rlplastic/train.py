@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 
-from rlplastic.command_line import run_verb
+from rlplastic.command_line import leave, run_verb
 from rlplastic.errors import ConfigurationError, Interrupted
 
 
@@ -90,4 +90,4 @@ def _overrides(arguments: Sequence[str]) -> list[str]:
 
 if __name__ == "__main__":
     told = "interrupted at once; the last checkpoint, if any, is in place: rerun without fresh=true"
-    sys.exit(run_verb(main, sys.argv[1:], interrupted=told))
+    leave(run_verb(main, sys.argv[1:], interrupted=told))

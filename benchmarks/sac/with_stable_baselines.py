@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlplastic.command_line import run_verb
+from rlplastic.command_line import leave, run_verb
 from rlplastic.composition import compose
 from rlplastic.config import Config, SACConfig
 from rlplastic.errors import ConfigurationError
@@ -118,4 +118,4 @@ def train(words: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_verb(train, sys.argv[1:]))
+    leave(run_verb(train, sys.argv[1:]))

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rlplastic.command_line import run_verb
+from rlplastic.command_line import leave, run_verb
 from rlplastic.envs.base import ActionMap, AutoresetMode, Observation, Step, VectorEnv
 from rlplastic.envs.episodes import EpisodeStatistics, FinishedEpisodes
 from rlplastic.envs.gymnasium_adapter import in_words, raised_at
@@ -482,4 +482,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_verb(main, sys.argv[1:]))
+    leave(run_verb(main, sys.argv[1:]))
