@@ -185,7 +185,7 @@ class ContinuousRule:
 
     def decide(self, readings: Mapping[str, float]) -> Decision:
         """See `Rule.decide`; the first reading of a signal is what its reference begins with, and moves nothing."""
-        worse = {}
+        worse: dict[str, float] = {}
         for name, value in readings.items():
             if math.isfinite(value):
                 known = name in self._references
