@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 
-from rlplastic.config import CRITIC_OF, VARIANTS, Config
+from rlplastic.config import ADAPTIVE, CRITIC_OF, VARIANTS, AdaptiveConfig, Config
 from rlplastic.errors import ConfigurationError, nearest
 from rlplastic.kernels import dispatch
+from rlplastic.pacing import make_rule, signals_of
+from rlplastic.plasticity.replay_ratio import SIGNALS
 
 DEFAULT_MINUTES = 10.0
 COMPILE_PAYS_MINUTES = 3.0
@@ -214,6 +216,26 @@ class _Settling:
         self.settle("replay.minimum", minimum, "random transitions before the first update")
         pace = "balances simulation and learning" if self.on_cpu else "two updates per vector step"
         self.settle("replay_ratio", 0.5 if self.on_cpu else 2 / envs, pace)
+        self._pace(0.5 if self.on_cpu else 2 / envs)
+
+    def _pace(self, usual: float) -> None:
+        """What `replay_ratio=adaptive` reads, and its bounds; ``usual`` is the ratio that this machine would have."""
+        config, adaptive = self.config, self.config.adaptive
+        if config.replay_ratio != ADAPTIVE:
+            config.replay.holdout = config.replay.holdout or 0.0
+            return
+        if adaptive.rule == "plateau":
+            self.settle("adaptive.low", 0.5, "published")
+            self.settle("adaptive.signal", "fau", "published: the fraction of active units")
+        else:
+            otherwise = OWN.get(config.agent.name, {}).get("replay_ratio", (usual, ""))[0]
+            self.settle("adaptive.low", otherwise, "the replay ratio that this run would have otherwise")
+            outside = ",held_out_td_error" if config.replay.holdout != 0 else ""
+            self.settle("adaptive.signal", f"gradient_dormant{outside}", "informative on networks of every kind")
+        self.settle("adaptive.high", 4 * (adaptive.low or 0.0), "four times the least, as published")
+        held_out = any(SIGNALS[name].source == "td_error" for name in signals_of(adaptive))
+        why = "for the TD error on what training never samples" if held_out else "no signal needs held-out episodes"
+        self.settle("replay.holdout", 0.05 if held_out else 0.0, why)
 
 
 def _settle_cadences(config: Config) -> None:
@@ -267,6 +289,10 @@ POSITIVE = (
     "checkpoint.keep",
     "tracking.every",
     "replay_ratio",
+    "adaptive.window",
+    "adaptive.low",
+    "adaptive.high",
+    "adaptive.tolerance",
     "env_steps",
     "max_minutes",
     "threads",
@@ -293,6 +319,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "env.autoreset": ("next_step", "same_step", "disabled"),
     "agent.name": tuple(VARIANTS["agent"]),
     "critic.kind": tuple(VARIANTS["critic"]),
+    "adaptive.rule": ("continuous", "plateau"),
     "schedule.kind": ("budget", "horizon"),
     "monitor.mode": ("off",),
     "replay.observation_dtype": ("float32", "float16", "bfloat16", "int8"),
@@ -310,9 +337,10 @@ def check(config: Config) -> None:
     Raises:
         ConfigurationError: naming the key, the value, what was expected.
     """
+    _check_pace(config)
     for key in POSITIVE:
         value = _value(config, key)
-        if value is not None and not (value > 0 and math.isfinite(value)):
+        if value is not None and value != ADAPTIVE and not (value > 0 and math.isfinite(value)):
             raise ConfigurationError(f"{key}={value} is out of range; expected a number above 0")
     for key, most in MOST.items():
         value = _value(config, key)
@@ -331,7 +359,7 @@ def check(config: Config) -> None:
     for key in ("replay.priority_exponent", "replay.importance_exponent"):
         if not 0 <= _value(config, key) <= 1:
             raise ConfigurationError(f"{key}={_value(config, key)} is out of range; expected a number in [0, 1]")
-    if not 0 <= config.replay.holdout <= 0.5:
+    if config.replay.holdout is not None and not 0 <= config.replay.holdout <= 0.5:
         raise ConfigurationError(
             f"replay.holdout={config.replay.holdout} is out of range; expected a share of episodes in [0, 0.5]"
         )
@@ -367,6 +395,36 @@ def _check_variants(config: Config) -> None:
         )
     if config.precision == "bf16" and config.agent.name == "sac":
         raise ConfigurationError("precision=bf16 does not go with agent=sac; expected float32, or tf32 on a GPU")
+
+
+def _check_pace(config: Config) -> None:
+    """The replay ratio is a number or `adaptive`; only then are there settings and signals of it."""
+    ratio, adaptive = config.replay_ratio, config.adaptive
+    if isinstance(ratio, str) and ratio != ADAPTIVE:
+        raise ConfigurationError(f"replay_ratio={ratio} is not a choice; expected a number above 0, or {ADAPTIVE}")
+    if ratio != ADAPTIVE:
+        if adaptive != AdaptiveConfig():
+            raise ConfigurationError(
+                f"settings adaptive.* are those of replay_ratio={ADAPTIVE}, but this run has replay_ratio={ratio}; "
+                "leave the one out or change the other"
+            )
+        return
+    names = signals_of(adaptive)
+    for name in names:
+        if name not in SIGNALS:
+            raise ConfigurationError(f"adaptive.signal={name!r} is not a signal; {nearest(name, SIGNALS)}")
+        if SIGNALS[name].source == "td_error" and config.replay.holdout == 0:
+            raise ConfigurationError(
+                f"adaptive.signal={name} needs held-out episodes, but replay.holdout=0; leave that out, or choose "
+                "another signal"
+            )
+    if adaptive.rule == "plateau" and len(names) > 1:
+        raise ConfigurationError(
+            f"adaptive.rule=plateau reads one signal, but adaptive.signal={adaptive.signal}; expected one name, or "
+            "adaptive.rule=continuous"
+        )
+    if adaptive.low is not None and adaptive.high is not None:
+        make_rule(adaptive)
 
 
 def _check_sizes(config: Config) -> None:

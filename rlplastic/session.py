@@ -22,14 +22,16 @@ from torch import Tensor
 
 from rlplastic.agents import parameter_bytes
 from rlplastic.agents.base import Agent
+from rlplastic.agents.soft_actor_critic import SoftActorCritic
 from rlplastic.checkpoint import CheckpointStore, Loaded, SegmentReference
-from rlplastic.config import Config
+from rlplastic.config import ADAPTIVE, Config
 from rlplastic.envs import make_envs
 from rlplastic.envs.base import Observation, Step, VectorEnv, step
 from rlplastic.envs.episodes import EpisodeStatistics
 from rlplastic.errors import ConfigurationError, NonFiniteError, SegmentMissingError
 from rlplastic.evaluation import Evaluation
 from rlplastic.guards import Guard
+from rlplastic.pacing import Pacer
 from rlplastic.progress import Budget, MetricMeans, Progress, ReplayRatio, Stopwatch
 from rlplastic.replay import Holdout, Prioritisation, ReplayRing, Sampler
 from rlplastic.replay.memory import available_memory
@@ -76,6 +78,8 @@ class Session:
     """What the environments returned last."""
     uniform_until: int
     """Transitions collected with uniform random actions."""
+    pacer: Pacer | None = None
+    """What moves the replay ratio while the run goes on; None: it stays."""
     final_evaluation: Evaluation | None = None
     """That of the finished run; saved with it, so that rerunning the command can tell it again."""
     metrics: MetricMeans = field(default_factory=MetricMeans)
@@ -105,8 +109,7 @@ class Session:
 
     @property
     def _rebuild_every(self) -> int:
-        limit = self.envs.max_episode_steps or DEFAULT_TIME_LIMIT
-        return self.config.env.rebuild_every or TIME_LIMITS_BETWEEN_REBUILDS * limit
+        return self.config.env.rebuild_every or TIME_LIMITS_BETWEEN_REBUILDS * _time_limit(self.envs)
 
     @property
     def logged_action_bytes(self) -> int:
@@ -172,14 +175,17 @@ class Session:
         documents = {"progress": asdict(self.progress), "logs": log_lengths, "finished": finished}
         if self.final_evaluation is not None:
             documents["evaluation"] = {name: array.tolist() for name, array in vars(self.final_evaluation).items()}
+        tensors = {
+            "agent": self.agent.state_dict(),
+            "replay_head": self.replay.export_head(),
+            "loop": arrays | {f"metrics.{name}": tensor for name, tensor in self.metrics.state_dict().items()},
+        }
+        if self.pacer is not None:
+            documents["pacer"], tensors["pacer"] = self.pacer.state_dict(), self.pacer.tensors()
         try:
             checkpoint = self.store.save(
                 self.progress.transitions,
-                tensors={
-                    "agent": self.agent.state_dict(),
-                    "replay_head": self.replay.export_head(),
-                    "loop": arrays | {f"metrics.{name}": tensor for name, tensor in self.metrics.state_dict().items()},
-                },
+                tensors=tensors,
                 documents=documents,
                 new_segments=[segment],
                 kept_segments=[old.reference for old in kept],
@@ -221,6 +227,8 @@ class Session:
         loop = loaded.tensors("loop")
         self.episodes.load_state_dict({name: value.numpy() for name, value in part(loop, "episodes.").items()})
         self.metrics.load_state_dict(part(loop, "metrics."), self.agent.device)
+        if self.pacer is not None:
+            self.pacer.load_state_dict(loaded.documents["pacer"], loaded.tensors("pacer"))
         self.actions = [actions[index] for index in sorted(actions)]
         self._segments, self._saved_actions = tuple(segments), len(self.actions)
         saved = {group: value.numpy() for group, value in part(loop, "observation.").items()}
@@ -249,6 +257,11 @@ class Session:
         tell(f"this resume is not exact: {reason}; fresh episodes are started")
         self.rebuild()
         return f"fresh episodes, since {reason}"
+
+
+def _time_limit(envs: VectorEnv) -> int:
+    """Steps of a full episode."""
+    return envs.max_episode_steps or DEFAULT_TIME_LIMIT
 
 
 def _stacked(actions: list[NDArray[np.float32]], envs: VectorEnv) -> Tensor:
@@ -331,7 +344,7 @@ def _build(
     observation: Observation,
 ) -> Session:
     settings = config.replay
-    assert settings.minimum and config.replay_ratio
+    assert settings.minimum
     replay, sampler = _replay(config, envs)
     needed, there = (
         parameter_bytes(config, envs.observation_dims, envs.action_dim),
@@ -349,6 +362,10 @@ def _build(
     guard = Guard(directory.path, replay, progress)
     guard.check_observation(observation)
     replay.begin(observation)
+    pace, pacer = ReplayRatio(config.first_replay_ratio, minimum), None
+    if config.replay_ratio == ADAPTIVE:
+        assert isinstance(agent, SoftActorCritic)
+        pacer = Pacer(config, agent, replay, pace, _time_limit(envs))
     return Session(
         config=config,
         directory=directory,
@@ -360,7 +377,8 @@ def _build(
         episodes=EpisodeStatistics(envs.num_envs, envs.autoreset),
         guard=guard,
         budget=Budget(config.env_steps, config.max_minutes),
-        replay_ratio=ReplayRatio(config.replay_ratio, minimum),
+        replay_ratio=pace,
+        pacer=pacer,
         progress=progress,
         observation=observation,
         uniform_until=0 if "actor" in taken else minimum,

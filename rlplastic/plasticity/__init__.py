@@ -5,7 +5,7 @@
 """
 
 from rlplastic.plasticity.activations import Layer, ModuleReader, untouched
-from rlplastic.plasticity.measure import Past, Subject, measure, uninformative
+from rlplastic.plasticity.measure import Past, Subject, gradient_dormancy, measure, uninformative
 from rlplastic.plasticity.profile import BOUNDED, PLAIN, Profile
 from rlplastic.plasticity.weights import snapshot
 
@@ -17,6 +17,7 @@ __all__ = [
     "Past",
     "Profile",
     "Subject",
+    "gradient_dormancy",
     "measure",
     "snapshot",
     "uninformative",
