@@ -229,7 +229,7 @@ class _Settling:
             self.settle("adaptive.signal", "fau", "published: the fraction of active units")
         else:
             otherwise = OWN.get(config.agent.name, {}).get("replay_ratio", (usual, ""))[0]
-            self.settle("adaptive.low", otherwise, "the replay ratio that this run would have otherwise")
+            self.settle("adaptive.low", otherwise, "the replay ratio that would be chosen otherwise")
             outside = ",held_out_td_error" if config.replay.holdout != 0 else ""
             self.settle("adaptive.signal", f"gradient_dormant{outside}", "informative on networks of every kind")
         self.settle("adaptive.high", 4 * (adaptive.low or 0.0), "four times the least, as published")

@@ -194,7 +194,9 @@ class ContinuousRule:
         if not worse:
             return Decision(self.ratio, 0, "no signal can be compared yet", worse)
         name = max(worse, key=lambda each: worse[each])
-        told = f"{name} is {abs(worse[name]):.1%} {'worse' if worse[name] > 0 else 'better'} than at its best"
+        told = f"{name} is {worse[name]:.1%} worse than its reference"
+        if worse[name] <= 0:
+            told = "no signal is worse than at its best"
         before = self.ratio
         if worse[name] > self.alarm:
             self.ratio = max(self.low, before / self.step)
