@@ -120,8 +120,13 @@ class Patient:
         return bool(running_means(self.module))
 
     def outputs(self, module: nn.Module, states: States, training: bool) -> Tensor:
-        """``output`` as (members, rows, outputs), with 1 for what there is none of."""
-        found = self.output(module, states, training)
+        """``output`` as (members, rows, outputs), with 1 for what there is none of; modes are put back."""
+        modes = [(part, part.training) for part in module.modules()]
+        try:
+            found = self.output(module, states, training)
+        finally:
+            for part, mode in modes:
+                part.training = mode
         found = found if found.dim() == self.lead + 2 else found.unsqueeze(-1)
         return found if self.lead else found.unsqueeze(0)
 
@@ -149,16 +154,13 @@ def reestimate(patient: Patient, module: nn.Module) -> None:
             f"{patient.name} has batch norms, whose statistics need replay rows; expected a patient made with states"
         )
     kept = [(norm, norm.momentum) for norm in norms]
-    modes = [(part, part.training) for part in module.modules()]
     try:
         for norm in norms:
             norm.momentum = 1.0
-        patient.output(module, patient.states, True)
+        patient.outputs(module, patient.states, True)
     finally:
         for norm, momentum in kept:
             norm.momentum = momentum
-        for part, mode in modes:
-            part.training = mode
 
 
 def copy_of(patient: Patient) -> Patient:

@@ -13,7 +13,8 @@ from rlplastic.plasticity.interventions.treatment import Applied, Edit, treat
 from rlplastic.plasticity.patient import Patient
 
 
-def _trainable(patient: Patient) -> dict[str, Tensor]:
+def trainable(patient: Patient) -> dict[str, Tensor]:
+    """Parameters that training moves, by name, detached; not copies."""
     return {name: value.detach() for name, value in patient.module.named_parameters() if value.requires_grad}
 
 
@@ -34,7 +35,7 @@ def batch_norm_reestimation(patient: Patient, key: int) -> Applied:
 
 def optimizer_reset(patient: Patient, key: int) -> Applied:
     """All moments and steps become those of a new optimizer (Asadi et al., arXiv 2306.17833); weights stay."""
-    return treat(patient, "optimizer_reset", {}, memory=dict.fromkeys(_trainable(patient)), statistics=False)
+    return treat(patient, "optimizer_reset", {}, memory=dict.fromkeys(trainable(patient)), statistics=False)
 
 
 def last_layer_reset(patient: Patient, key: int) -> Applied:
@@ -52,7 +53,7 @@ def last_layer_reset(patient: Patient, key: int) -> Applied:
 def full_reset(patient: Patient, key: int) -> Applied:
     """Every trainable parameter becomes fresh (arXiv 2205.07802), and the target a copy."""
     fresh = _fresh(patient, key)
-    edits = {name: Edit(fresh[name]) for name in _trainable(patient)}
+    edits = {name: Edit(fresh[name]) for name in trainable(patient)}
     return treat(patient, "full_reset", edits, target="copy", new_policy=True)
 
 
@@ -68,7 +69,7 @@ def shrink_and_perturb(patient: Patient, key: int, shrink: float = 0.8, perturb:
         shrink: what stays.
         perturb: what a fresh network adds.
     """
-    fresh, named = _fresh(patient, key), _trainable(patient)
+    fresh, named = _fresh(patient, key), trainable(patient)
     angle = math.atan2(perturb, shrink)
 
     def moved(old: Mapping[str, Tensor]) -> dict[str, Edit]:
@@ -102,7 +103,7 @@ def hare_and_tortoise(patient: Patient, key: int, tortoise: Mapping[str, Tensor]
     Args:
         patient: edited in place; its target, an average itself, is kept.
         key: nothing is drawn.
-        tortoise: averages by parameter, such as a `MovingAverage`'s; by default the target, which is one.
+        tortoise: averages by parameter, such as a `Reference`'s; by default the target, which is one.
 
     Raises:
         ConfigurationError: neither averages nor a target.
@@ -111,41 +112,5 @@ def hare_and_tortoise(patient: Patient, key: int, tortoise: Mapping[str, Tensor]
         if patient.target is None:
             raise ConfigurationError(f"{patient.name} has no target to return to; expected averages in tortoise=")
         tortoise = dict(patient.target.named_parameters())
-    edits = {name: Edit(tortoise[name].detach()) for name in _trainable(patient)}
+    edits = {name: Edit(tortoise[name].detach()) for name in trainable(patient)}
     return treat(patient, "hare_and_tortoise", edits, target="kept")
-
-
-class MovingAverage:
-    """The tortoise: an exponential moving average of a patient's trainable parameters.
-
-    Args:
-        patient: where it starts.
-        rate: share of the way that it goes in every `follow`.
-    """
-
-    def __init__(self, patient: Patient, rate: float = 0.001) -> None:
-        self.weights = {name: value.clone() for name, value in _trainable(patient).items()}
-        self._rate = rate
-
-    @torch.no_grad()
-    def follow(self, patient: Patient) -> None:
-        """Go on towards the weights as they are now; after every update."""
-        torch._foreach_lerp_(list(self.weights.values()), list(_trainable(patient).values()), self._rate)
-
-    @torch.no_grad()
-    def rebase(self, patient: Patient, applied: Applied) -> None:
-        """Take over what an intervention edited, so that nothing returns to before it."""
-        now = _trainable(patient)
-        for name in applied.rebase:
-            mask = applied.touched[name]
-            self.weights[name].copy_(now[name] if mask is None else torch.where(mask, now[name], self.weights[name]))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The averages by parameter; not copies."""
-        return dict(self.weights)
-
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from `state_dict`."""
-        for name, value in self.weights.items():
-            value.copy_(state[name])

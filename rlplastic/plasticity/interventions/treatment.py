@@ -8,6 +8,7 @@ learning-rate schedule goes on: rates follow the budget, not the age of a weight
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -49,7 +50,7 @@ class Applied:
         rebase: parameters whose references (distance from init, anchors, averages) start from now.
         cooldown: whether nothing else may be done until the network has settled.
         updates: cost in optimizer steps.
-        before: to roll back with `rlplastic.plasticity.patient.restore`.
+        before: to roll back with `rlplastic.plasticity.patient.restore`; None of what acts in every update.
     """
 
     name: str
@@ -64,7 +65,7 @@ class Applied:
     rebase: tuple[str, ...]
     cooldown: bool
     updates: int
-    before: Snapshot = field(repr=False)
+    before: Snapshot | None = field(repr=False)
 
     def evidence(self) -> dict[str, object]:
         """The same as plain numbers and words, for a log."""
@@ -98,6 +99,7 @@ def treat(
     new_policy: bool = False,
     memory: Mapping[str, Tensor | None] | None = None,
     statistics: bool = True,
+    rollback: bool = True,
 ) -> Applied:
     """Carry out an intervention with all that belongs to it.
 
@@ -112,11 +114,12 @@ def treat(
             are gradients of the old policy's entropy, starts anew. Alpha itself stays; its target pulls it back.
         memory: what the optimizer forgets, where that is not what was edited.
         statistics: whether running statistics are re-estimated.
+        rollback: whether to keep a snapshot.
 
     Raises:
         ConfigurationError: running statistics need states that the patient does not have.
     """
-    before = snapshot(patient)
+    before = snapshot(patient) if rollback else None
     forgotten = {key: edit.mask for key, edit in edits.items()} if memory is None else memory
     _write(patient.module, edits)
     named = dict(patient.module.named_parameters())
@@ -146,10 +149,16 @@ def treat(
         temperature="alpha kept, its optimizer started anew" if anew else "kept",
         schedule=SCHEDULE,
         rebase=tuple(edits),
-        cooldown=True,
+        cooldown=bool(edits or forgotten or statistics),
         updates=0,
         before=before,
     )
+
+
+def derived(key: int, count: int) -> int:
+    """A key for the ``count``-th draw under ``key``."""
+    digest = hashlib.blake2b(f"{key}/{count}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def _write(module: nn.Module, edits: Mapping[str, Edit]) -> None:
@@ -185,7 +194,7 @@ def _target_in_words(patient: Patient, edits: Mapping[str, Edit], follow: Follow
         return "none"
     if follow == "copy":
         return "copied from the network"
-    return "the same entries" if follow == "entries" and edits else "kept"
+    return "the same entries" if follow == "entries" and edits else "weights kept"
 
 
 Intervention = Callable[[Patient, int], Applied]
