@@ -207,7 +207,7 @@ def _state(file: str) -> dict[str, Tensor]:
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise ConfigurationError(
             f"state={file} cannot be read ({reason}); expected safetensors, or a state dict of tensors from torch.save"
         ) from error

@@ -1,7 +1,8 @@
 """A diagnosis to read: a table for the terminal and a picture.
 
-Neither says "healthy". The probe's ratio is told in words; of metrics only what changed from a fresh network, and of
-those that are flat by construction why they say nothing.
+Neither says healthy or ill. The probe's ratio is told in words, without a threshold: what is usual differs between
+kinds of networks. Of metrics it is told how far they are from a fresh network's, and of those that are flat by
+construction why they say nothing.
 """
 
 from __future__ import annotations
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
     from rlplastic.diagnosis import Diagnosis, Metric, Report
 
-ILL = 1.5
-"""Probe ratio from which on a network learns clearly more slowly than a fresh one."""
 WIDEST = 32.0
 """Factors beyond this are drawn at the edge."""
 
@@ -82,22 +81,25 @@ def verdict(network: Diagnosis) -> str:
     else:
         told = "learns as fast as a fresh network"
     members = f", its members {', '.join(f'{each:.3g}' for each in probed.members)}" if len(probed.members) > 1 else ""
-    return f"{network.network}: {told} (probe ratio {ratio:.3g}{members}; from {ILL:g} on it counts as ill)"
+    return f"{network.network}: {told} (probe ratio {ratio:.3g}{members})"
 
 
 def show(report: Report, console: Console) -> None:
     """Print the probe's verdicts, and a table for each network."""
     console.print(Text(f"{report.subject}: {report.rows:,} rows"), soft_wrap=True)
     for network in report.networks:
-        table = Table(
-            "metric", "now", "worst member", "fresh", "beside fresh", box=None, pad_edge=False, title_justify="left"
-        )
+        table = Table("metric", "now", "worst member", "fresh", "beside fresh", box=None, pad_edge=False)
+        silent: dict[str, list[str]] = {}
         for row in rows(network):
-            said = _change(row) if row.reason is None else f"nothing here: {row.reason}"
-            cells = [row.name, _number(row.value), _number(row.worst), _number(row.fresh), said]
-            table.add_row(*(Text(cell) for cell in cells), style="" if row.reason is None else "dim")
+            if row.reason is None:
+                cells = [row.name, _number(row.value), _number(row.worst), _number(row.fresh), _change(row)]
+                table.add_row(*(Text(cell) for cell in cells))
+            else:
+                silent.setdefault(row.reason, []).append(f"{row.name} {_number(row.value)}")
         console.print(Text(f"\n{verdict(network)}", style="bold"), soft_wrap=True)
         console.print(table)
+        for reason, named in silent.items():
+            console.print(Text(f"says nothing here: {', '.join(named)} ({reason})", style="dim"), soft_wrap=True)
     console.print()
     if report.td_error is not None:
         error = report.td_error
@@ -157,7 +159,7 @@ def draw(report: Report, path: Path) -> None:
 def _draw_probe(axes: Axes, network: Diagnosis) -> None:
     axes.set_title(network.network, fontsize=11, fontweight="bold", loc="left")
     axes.set_yticks([])
-    axes.set_xlabel("trainability probe: loss area over a fresh network's", fontsize=8)
+    axes.set_xlabel("trainability probe: area under the loss, over a fresh network's", fontsize=8)
     axes.tick_params(labelsize=8)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
@@ -166,14 +168,11 @@ def _draw_probe(axes: Axes, network: Diagnosis) -> None:
     if probed is None or not members:
         axes.text(0.5, 0.5, "not probed" if probed is None else "not finite", ha="center", transform=axes.transAxes)
         return
-    right = max(2.0, 1.15 * max(members))
-    axes.axvspan(ILL, right, color="tab:red", alpha=0.12, lw=0)
-    axes.text(right, 0.98, "ill ", fontsize=8, color="tab:red", ha="right", va="top")
     axes.axvline(1.0, color="0.5", lw=1, ls="--")
-    axes.barh(0.4, probed.ratio, 0.4, color="tab:red" if probed.ratio > ILL else "tab:blue")
+    axes.barh(0.4, probed.ratio, 0.4, color="tab:blue")
     axes.plot(members, [0.4] * len(members), "k|", ms=14)
-    axes.text(probed.ratio, 0.72, f"{probed.ratio:.2f}", fontsize=9, ha="center")
-    axes.set_xlim(0, right)
+    axes.text(max(members), 0.4, f"  {probed.ratio:.2f}", fontsize=9, va="center")
+    axes.set_xlim(0, max(2.0, 1.2 * max(members)))
     axes.set_ylim(0, 1)
 
 
@@ -201,7 +200,7 @@ def _draw_metrics(axes: Axes, table: Sequence[Row]) -> None:
     axes.set_yticks(range(len(table)), [row.name for row in table], fontsize=8)
     for label, row in zip(axes.get_yticklabels(), table, strict=True):
         label.set_color("0.6" if row.reason else "0")
-    axes.invert_yaxis()
+    axes.set_ylim(len(table) - 0.4, -0.6)
     axes.tick_params(axis="x", labelsize=8)
     ticks = [1 / 32, 1 / 8, 1 / 2, 1, 2, 8, 32]
     axes.set_xticks(ticks, [f"1/{round(1 / tick)}" if tick < 1 else f"{tick:g}" for tick in ticks])

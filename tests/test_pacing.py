@@ -111,7 +111,7 @@ def test_readings_are_what_measure_gives_on_the_pacers_own_draws(tmp_path: Path,
     assert readings["gradient_dormant"] == found["plasticity/critic/all/gradient_dormant"]
     assert readings["effective_rank"] == found["plasticity/critic/trunk.3/effective_rank"]
     held_out = subjects.inputs_of(agent, pacer._held_out.sample(77, agent.reward_scale))
-    inside, outside = (float(subjects.td_losses(agent, each).mean()) for each in (inputs, held_out))
+    inside, outside = (float(subjects.td_losses(agent, each).mean().detach()) for each in (inputs, held_out))
     assert readings["held_out_td_error"] == outside
     assert readings["td_gap"] == pytest.approx((outside - inside) / inside)
 
