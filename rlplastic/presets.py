@@ -24,7 +24,7 @@ from rlplastic.plasticity.replay_ratio import SIGNALS
 
 DEFAULT_MINUTES = 10.0
 COMPILE_PAYS_MINUTES = 3.0
-"""Compiling the update takes about a minute on two cores; shorter runs stay eager."""
+"""Compiling the update takes 20 to 60 seconds on two cores; shorter runs stay eager."""
 COMPILE_PAYS_STEPS = 50_000
 LARGE_GPU_GIGABYTES = 24.0
 """From here on a GPU gets the published replay of 10 M transitions (14.7 GB for Humanoid)."""

@@ -158,7 +158,7 @@ def _train(config: Config, choices: list[Choice], directory: RunDirectory, view:
             memory_row = ("memory", f"{expected / 1e9:.2f} GB", "expected at the peak, replay included")
             banner([("run", str(directory.path), source), *describe(session, choices), memory_row])
         if config.compile == "on":
-            view.note("the first updates compile the learner, which takes about a minute on two cores")
+            view.note("the first updates compile the learner, which takes 20 to 60 seconds on two cores")
         with Tracker(directory.path) as tracker, view:
             reporter = Reporter(session, tracker, view)
             train(session, reporter)
