@@ -246,6 +246,9 @@ class Config:
     """Everything random follows from it."""
     replay_ratio: float | None = None
     """Gradient updates per environment transition, whatever the number of environments; fractions are carried over."""
+    priming_updates: int = 0
+    """Updates done on the first `replay.minimum` transitions the moment they are there, before training goes on: makes a
+    network ill on purpose ("heavy priming", arXiv 2205.07802); 0: none."""
     env_steps: int | None = None
     """Stop after this many environment transitions; None: no limit on steps."""
     max_minutes: float | None = None

@@ -343,6 +343,8 @@ def check(config: Config) -> None:
         raise ConfigurationError(f"agent.weight_decay={decay} is out of range; expected 0 or more")
     if config.seed < 0:
         raise ConfigurationError(f"seed={config.seed} is out of range; expected a number of 0 or more")
+    if config.priming_updates < 0:
+        raise ConfigurationError(f"priming_updates={config.priming_updates} is out of range; expected 0 or more")
     if config.evaluation.every is not None and config.evaluation.every < 0:
         raise ConfigurationError(f"evaluation.every={config.evaluation.every} is out of range; expected 0 or more")
 

@@ -96,6 +96,12 @@ class Session:
         """Whether the next update compiles something."""
         return self.config.compile == "on" and self.agent.updates < self.first_update + COMPILED_UPDATES
 
+    @property
+    def priming(self) -> bool:
+        """Whether updates on the first transitions are owed, for which the environments wait."""
+        owed = self.progress.primed < self.config.priming_updates
+        return owed and self.progress.transitions >= max(self.replay_ratio.minimum, 1)
+
     # Environments
 
     @property
