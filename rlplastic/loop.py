@@ -24,7 +24,6 @@ from rlplastic.errors import CheckpointWriteError, Interrupted, NonFiniteError
 from rlplastic.reporting import Reporter
 from rlplastic.session import Session
 
-
 PRIMING_UPDATES_A_TURN = 100
 
 
@@ -113,6 +112,9 @@ def _learn(session: Session, due: int) -> None:
         session.guard.check_update(metrics, batch, agent.updates)
         session.metrics.add(metrics)
         watch.lap("check")
+        if session.watcher is not None:
+            session.watcher.after_update(batch, budget_used)
+            watch.lap("monitor")
 
 
 def _receive(session: Session, action: NDArray[np.float32]) -> int:
@@ -122,6 +124,8 @@ def _receive(session: Session, action: NDArray[np.float32]) -> int:
     watch.lap("env")
     session.guard.check_step(step, action)
     valid = session.episodes.observe(step)
+    if session.watcher is not None:
+        session.watcher.episodes_ended(session.episodes.ended)
     session.received = action, step, valid
     session.observation = step.observation
     added = int(valid.sum())
@@ -139,6 +143,7 @@ def after(session: Session, reporter: Reporter, added: int) -> None:
     The checkpoint comes last: it must not promise a log or an evaluation that was not written yet.
     """
     config, progress, watch = session.config, session.progress, session.watch
+    reporter.tell_findings()
     assert config.evaluation.every is not None and config.tracking.every and config.checkpoint.every, "resolve first"
     if progress.crossed(config.evaluation.every, added) and not session.budget.spent(progress):
         reporter.evaluate(config.evaluation.episodes)

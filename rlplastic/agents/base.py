@@ -24,6 +24,7 @@ class Agent(Protocol):
     """Critic updates done so far."""
     td_error: Tensor | None
     """(B,) of the last update, if its batch had weights: what new priorities are made of."""
+
     @property
     def modules(self) -> dict[str, nn.Module]:
         """Named networks, for checkpoints, norms and the plasticity monitor."""

@@ -167,6 +167,12 @@ def critic_values(critic: nn.Module, observation: Tensor, action: Tensor) -> Ten
     return kind.value(critic, kind.output(critic, observation, action))
 
 
+def policy_mean(agent: Agent, observation: Tensor) -> Tensor:
+    """Mean (B, A) of the policy before squashing, on policy observations (B, D)."""
+    actor = agent.learner.actor
+    return KINDS[type(actor)].policy(actor, observation)[0]
+
+
 @torch.no_grad()
 def td_targets(agent: Agent, inputs: Inputs) -> Tensor:
     """The TD target (B,) of every row, of the target critic and actor as they are now."""

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from rlplastic.plasticity import wording
 from rlplastic.plasticity.interventions import INTERVENTIONS
-from rlplastic.plasticity.monitor import Alarm, Evidence, Rules, act, is_ill, probe, rule_of, screen, verify
+from rlplastic.plasticity.monitor import Alarm, Evidence, Rules, act, is_ill, probe, rule_of, screen, verify, worst_of
 from rlplastic.plasticity.patient import Patient
 from rlplastic.plasticity.recovery import Recovery
 
@@ -50,8 +51,8 @@ class Host(Protocol[L]):
         """A copy that is trained beside the live learner from now on, until `adopt` or `drop`."""
         ...
 
-    def evidence(self, branch: L) -> Evidence:
-        """What live learner and branch say of common targets, made when the branch was."""
+    def evidence(self, branch: L, patient: str) -> Evidence:
+        """What live learner and branch say of common targets, made when the branch was; ``patient`` was treated."""
         ...
 
     def adopt(self, branch: L) -> None:
@@ -153,7 +154,7 @@ class PlasticityMonitor(Generic[L]):
             if updates % every:
                 continue
             measured, fresh = self.host.measure(tier, updates)  # type: ignore[arg-type]
-            early = {name: values[0] for name, values in self._early.items() if len(values) > CALIBRATION}
+            early = {name: worst_of(name, seen) for name, seen in self._early.items() if len(seen) == CALIBRATION}
             found = screen(measured, fresh, early, self._tolerated)
             self._calibrate(measured)
             beyond = {alarm.metric for alarm in found}
@@ -165,13 +166,12 @@ class PlasticityMonitor(Generic[L]):
         return alarms
 
     def _calibrate(self, measured: Mapping[str, float]) -> None:
-        """Keep the worst of the first readings, at the front of each list."""
+        """Keep the first readings of what can raise an alarm."""
         for name, value in measured.items():
-            rule = rule_of(name)
-            readings = self._early.setdefault(name, []) if rule is not None else None
-            if rule is not None and readings is not None and len(readings) <= CALIBRATION:
-                worst = min if rule.low_is_ill else max
-                self._early[name] = [worst(value, *readings), *readings]
+            if rule_of(name) is not None and math.isfinite(value):
+                seen = self._early.setdefault(name, [])
+                if len(seen) < CALIBRATION:
+                    seen.append(value)
 
     # Probe
 
@@ -187,7 +187,7 @@ class PlasticityMonitor(Generic[L]):
         found = probe(patients, self._key("probe", updates), self.rules)
         self.spent += cost
         self.examinations += bool(alarms)
-        worst = max(found, key=lambda name: found[name].worst if found[name].worst == found[name].worst else float("inf"))
+        worst = max(found, key=lambda name: math.inf if math.isnan(found[name].worst) else found[name].worst)
         ill = is_ill(found[worst], self.rules)
         if alarms and not ill:
             self.false_alarms += 1
@@ -220,8 +220,8 @@ class PlasticityMonitor(Generic[L]):
     def _act(self, name: str, patient: Patient, found: Any, updates: int) -> None:  # noqa: ANN401 - a Probe
         """Choose on discarded copies, then carry out on a branch."""
         key = self._key("intervention", updates)
-        most = (len(self.rules.ladder) + 1) * self._probe_cost(name) / self.rules.probe_functions
-        if not self._affords(most + self._probe_cost(name) + self.rules.verify_updates, updates):
+        trials = (len(self.rules.ladder) + 1) * self.rules.probe_steps * self.host.probe_cost(name)
+        if not self._affords(trials + self.rules.verify_updates + self._probe_cost(name), updates):
             self._rest(updates)
             self._tell("unaffordable", updates, f"the {name} is left as it is: the budget for treating it is used up")
             return
@@ -241,7 +241,7 @@ class PlasticityMonitor(Generic[L]):
             f"a {wording.intervention(chosen)} of the {name} is tried on a branch for "
             f"{self.rules.verify_updates:,} updates; the untouched learner goes on acting",
             tried=tried,
-            **applied.evidence(),
+            applied=applied.evidence(),
         )
 
     # Verify
@@ -251,7 +251,7 @@ class PlasticityMonitor(Generic[L]):
         patient = self.host.patients(case.branch, updates)[case.patient]
         found = probe({case.patient: patient}, self._key("verification", updates), self.rules)[case.patient]
         self.spent += self._probe_cost(case.patient)
-        verdict = verify(self.host.evidence(case.branch), found, self.rules)
+        verdict = verify(self.host.evidence(case.branch, case.patient), found, self.rules)
         longer = case.rounds < self.rules.verify_rounds and self._affords(self.rules.verify_updates, updates)
         outcome = "committed" if verdict.accepted else "extended" if longer else "dropped"
         self._tell(
@@ -303,7 +303,7 @@ class PlasticityMonitor(Generic[L]):
         for patient, view in self.host.patients(None, updates).items():
             applied = INTERVENTIONS[name](view, self._key("scheduled", updates))
             sentence = f"{wording.intervention(name)} of the {patient}, as scheduled"
-            self._tell("scheduled", updates, sentence, **applied.evidence())
+            self._tell("scheduled", updates, sentence, applied=applied.evidence())
         self.interventions += 1
         self._start_anew()
 

@@ -1,10 +1,11 @@
 """When to intervene, and why: screen -> probe -> act -> verify, then commit or roll back.
 
-No passive metric has been shown to time an intervention, and a reset of a healthy network is pure harm. So cheap metrics
-only raise alarms (`screen`); a trainability probe decides whether a network is ill (`probe`); the smallest intervention
-that heals a discarded copy is chosen (`act`) and carried out on a *branch*, a copy of the learner that learns from the
-same batches with the same noise while the untouched learner goes on acting; both are judged on targets that neither of
-them made (`verify`). Better or equal is committed, and taken back if the return does not recover; all else is dropped.
+No passive metric has been shown to time an intervention, and a reset of a healthy network is pure harm. So cheap
+metrics only raise alarms (`screen`); a trainability probe decides whether a network is ill (`probe`); the smallest
+intervention that heals a discarded copy is chosen (`act`) and carried out on a *branch*, a copy of the learner that
+learns from the same batches with the same noise while the untouched learner goes on acting; both are judged on targets
+that neither of them made (`verify`). Better or equal is committed, and taken back if the return does not recover; all
+else is dropped.
 
 The four functions are pure; `rlplastic.plasticity.decision_loop` calls them in that order.
 """
@@ -133,6 +134,13 @@ def rule_of(metric: str) -> Screen | None:
     """The rule for ``plasticity/<module>/<layer>/<metric>``; norms are those of whole modules, means over members."""
     *_, layer, name = metric.split("/")
     return None if name == "weight_norm" and layer != "all" else SCREENS.get(name)
+
+
+def worst_of(metric: str, readings: list[float]) -> float:
+    """The reading of a metric that is nearest to illness."""
+    rule = rule_of(metric)
+    assert rule is not None, "only what can raise an alarm has a worst"
+    return min(readings) if rule.low_is_ill else max(readings)
 
 
 # Probe

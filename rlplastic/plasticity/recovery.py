@@ -1,8 +1,8 @@
 """What an intervention cost in return, and whether the return came back: the window after a commit.
 
-Dip depth is how far the smoothed training return fell below what it was before; dip area is the sum over updates of what
-was missing; recovery takes until the smoothed return first reaches the old one. (Stability-gap measures, De Lange et al.,
-arXiv 2205.13452, with returns for accuracies.)
+Dip depth is how far the smoothed training return fell below what it was before; dip area is the sum over updates of
+what was missing; recovery takes until the smoothed return first reaches the old one. (Stability-gap measures, De Lange
+et al., arXiv 2205.13452, with returns for accuracies.)
 """
 
 from __future__ import annotations
