@@ -8,6 +8,7 @@ of a checkpoint.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 from statistics import fmean
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch import Tensor
 from rlplastic import seeding
 from rlplastic.agents import subjects
 from rlplastic.agents.steps import Inputs
-from rlplastic.config import AdaptiveConfig, Config
-from rlplastic.errors import ConfigurationError
+from rlplastic.config import ADAPTIVE, AdaptiveConfig, Config
+from rlplastic.errors import ConfigurationError, nearest
 from rlplastic.plasticity import Past, gradient_dormancy, measure, snapshot, uninformative
 from rlplastic.plasticity.measure import MODULE
 from rlplastic.plasticity.replay_ratio import SIGNALS, ContinuousRule, Decision, PlateauRule, Rule
@@ -53,6 +54,40 @@ def make_rule(settings: AdaptiveConfig) -> Rule:
         raise ConfigurationError(f"settings of adaptive: {error}") from error
 
 
+def check(config: Config) -> None:
+    """Refuse a replay ratio that is neither a number nor `adaptive`, and settings that do not go with it.
+
+    Raises:
+        ConfigurationError: naming the setting and what was expected.
+    """
+    ratio, adaptive = config.replay_ratio, config.adaptive
+    if isinstance(ratio, str) and ratio != ADAPTIVE:
+        raise ConfigurationError(f"replay_ratio={ratio} is not a choice; expected a number above 0, or {ADAPTIVE}")
+    if ratio != ADAPTIVE:
+        if adaptive != AdaptiveConfig():
+            raise ConfigurationError(
+                f"settings adaptive.* are those of replay_ratio={ADAPTIVE}, but this run has replay_ratio={ratio}; "
+                "leave the one out or change the other"
+            )
+        return
+    names = signals_of(adaptive)
+    for name in names:
+        if name not in SIGNALS:
+            raise ConfigurationError(f"adaptive.signal={name!r} is not a signal; {nearest(name, SIGNALS)}")
+        if SIGNALS[name].source == "td_error" and config.replay.holdout == 0:
+            raise ConfigurationError(
+                f"adaptive.signal={name} needs held-out episodes, but replay.holdout=0; leave that out, or choose "
+                "another signal"
+            )
+    if adaptive.rule == "plateau" and len(names) > 1:
+        raise ConfigurationError(
+            f"adaptive.rule=plateau reads one signal, but adaptive.signal={adaptive.signal}; expected one name, or "
+            "adaptive.rule=continuous"
+        )
+    if adaptive.low is not None and adaptive.high is not None:
+        make_rule(adaptive)
+
+
 class Pacer:
     """Moves the replay ratio of one run.
 
@@ -65,7 +100,7 @@ class Pacer:
 
     Attributes:
         window: environment transitions between two readings.
-        readings: the last values of the signals, without those that there was no data for.
+        readings: the last values of the signals, without those that were not finite or had no data.
     """
 
     def __init__(
@@ -97,7 +132,7 @@ class Pacer:
         """What was decided, if ``added`` transitions ended a window of a critic that has begun to learn."""
         if not (progress.crossed(self.window, added) and self.agent.updates and self.ring.transitions):
             return None
-        self.readings = self._read(progress.transitions)
+        self.readings = {name: value for name, value in self._read(progress.transitions).items() if isfinite(value)}
         decision = self.rule.decide(self.readings)
         self.pace.ratio = decision.ratio
         return decision

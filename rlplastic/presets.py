@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from rlplastic.config import ADAPTIVE, CRITIC_OF, VARIANTS, AdaptiveConfig, Config
+from rlplastic import pacing
+from rlplastic.config import ADAPTIVE, CRITIC_OF, VARIANTS, Config
 from rlplastic.errors import ConfigurationError, nearest
 from rlplastic.kernels import dispatch
-from rlplastic.pacing import make_rule, signals_of
+from rlplastic.plasticity.interventions import INTERVENTIONS
 from rlplastic.plasticity.replay_ratio import SIGNALS
 
 DEFAULT_MINUTES = 10.0
@@ -233,7 +234,7 @@ class _Settling:
             outside = ",held_out_td_error" if config.replay.holdout != 0 else ""
             self.settle("adaptive.signal", f"gradient_dormant{outside}", "informative on networks of every kind")
         self.settle("adaptive.high", 4 * (adaptive.low or 0.0), "four times the least, as published")
-        held_out = any(SIGNALS[name].source == "td_error" for name in signals_of(adaptive))
+        held_out = any(SIGNALS[name].source == "td_error" for name in pacing.signals_of(adaptive))
         why = "for the TD error on what training never samples" if held_out else "no signal needs held-out episodes"
         self.settle("replay.holdout", 0.05 if held_out else 0.0, why)
 
@@ -288,6 +289,19 @@ POSITIVE = (
     "checkpoint.every",
     "checkpoint.keep",
     "tracking.every",
+    "monitor.forward_every",
+    "monitor.ranks_every",
+    "monitor.probe_every",
+    "monitor.probe_steps",
+    "monitor.probe_functions",
+    "monitor.ill",
+    "monitor.healthy",
+    "monitor.verify_updates",
+    "monitor.verify_rounds",
+    "monitor.recovery_updates",
+    "monitor.cooldown",
+    "monitor.scheduled_every",
+    "monitor.scheduled_count",
     "replay_ratio",
     "adaptive.window",
     "adaptive.low",
@@ -296,6 +310,16 @@ POSITIVE = (
     "env_steps",
     "max_minutes",
     "threads",
+)
+NOT_NEGATIVE = (
+    "monitor.max_interventions",
+    "monitor.budget",
+    "monitor.value_margin",
+    "monitor.rank_margin",
+    "monitor.return_margin",
+    "priming_updates",
+    "evaluation.every",
+    "seed",
 )
 MOST = {
     "threads": 1024,
@@ -321,7 +345,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "critic.kind": tuple(VARIANTS["critic"]),
     "adaptive.rule": ("continuous", "plateau"),
     "schedule.kind": ("budget", "horizon"),
-    "monitor.mode": ("off",),
+    "monitor.mode": ("off", "watch", "full", "scheduled"),
+    "monitor.scheduled_intervention": tuple(INTERVENTIONS),
     "replay.observation_dtype": ("float32", "float16", "bfloat16", "int8"),
     "replay.device": ("learner", "pinned"),
     "kernels": ("auto", "triton", "torch"),
@@ -337,7 +362,7 @@ def check(config: Config) -> None:
     Raises:
         ConfigurationError: naming the key, the value, what was expected.
     """
-    _check_pace(config)
+    pacing.check(config)
     for key in POSITIVE:
         value = _value(config, key)
         if value is not None and value != ADAPTIVE and not (value > 0 and math.isfinite(value)):
@@ -369,10 +394,15 @@ def check(config: Config) -> None:
     decay = _value(config, "agent.weight_decay")
     if decay is not None and not 0 <= decay < math.inf:
         raise ConfigurationError(f"agent.weight_decay={decay} is out of range; expected 0 or more")
-    if config.seed < 0:
-        raise ConfigurationError(f"seed={config.seed} is out of range; expected a number of 0 or more")
-    if config.evaluation.every is not None and config.evaluation.every < 0:
-        raise ConfigurationError(f"evaluation.every={config.evaluation.every} is out of range; expected 0 or more")
+    for key in NOT_NEGATIVE:
+        value = _value(config, key)
+        if value is not None and not 0 <= value < math.inf:
+            raise ConfigurationError(f"{key}={value} is out of range; expected a number of 0 or more")
+    for name in config.monitor.ladder:
+        if name not in INTERVENTIONS:
+            raise ConfigurationError(f"monitor.ladder has {name!r}; {nearest(name, list(INTERVENTIONS))}")
+    if config.monitor.mode == "scheduled" and config.monitor.scheduled_count and config.env_steps is None:
+        raise ConfigurationError("monitor.scheduled_count draws among the planned updates; expected env_steps with it")
 
 
 def _value(config: Config, key: str) -> Any:  # noqa: ANN401 - of whatever type the setting has
@@ -395,36 +425,6 @@ def _check_variants(config: Config) -> None:
         )
     if config.precision == "bf16" and config.agent.name == "sac":
         raise ConfigurationError("precision=bf16 does not go with agent=sac; expected float32, or tf32 on a GPU")
-
-
-def _check_pace(config: Config) -> None:
-    """The replay ratio is a number or `adaptive`; only then are there settings and signals of it."""
-    ratio, adaptive = config.replay_ratio, config.adaptive
-    if isinstance(ratio, str) and ratio != ADAPTIVE:
-        raise ConfigurationError(f"replay_ratio={ratio} is not a choice; expected a number above 0, or {ADAPTIVE}")
-    if ratio != ADAPTIVE:
-        if adaptive != AdaptiveConfig():
-            raise ConfigurationError(
-                f"settings adaptive.* are those of replay_ratio={ADAPTIVE}, but this run has replay_ratio={ratio}; "
-                "leave the one out or change the other"
-            )
-        return
-    names = signals_of(adaptive)
-    for name in names:
-        if name not in SIGNALS:
-            raise ConfigurationError(f"adaptive.signal={name!r} is not a signal; {nearest(name, SIGNALS)}")
-        if SIGNALS[name].source == "td_error" and config.replay.holdout == 0:
-            raise ConfigurationError(
-                f"adaptive.signal={name} needs held-out episodes, but replay.holdout=0; leave that out, or choose "
-                "another signal"
-            )
-    if adaptive.rule == "plateau" and len(names) > 1:
-        raise ConfigurationError(
-            f"adaptive.rule=plateau reads one signal, but adaptive.signal={adaptive.signal}; expected one name, or "
-            "adaptive.rule=continuous"
-        )
-    if adaptive.low is not None and adaptive.high is not None:
-        make_rule(adaptive)
 
 
 def _check_sizes(config: Config) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -146,16 +147,15 @@ class Reporter:
         """What became of the replay ratio, and why; the terminal hears of it when the direction changes."""
         session, step = self.session, self.session.progress.transitions
         assert session.pacer is not None
-        scalars = {f"pace/{name}": value for name, value in session.pacer.readings.items()}
-        scalars |= {"pace/move": decision.move, "train/replay_ratio": decision.ratio}
-        if decision.worse:
-            scalars["pace/worse"] = max(decision.worse.values())
         word = {1: "rises", 0: "stays", -1: "falls"}[decision.move]
         told = f"replay ratio {word}, {decision.ratio:.4g}: {decision.reason}"
+        readings = session.pacer.readings
+        scalars = {f"pace/{name}": value for name, value in readings.items()} | {"pace/move": decision.move}
+        if decision.worse:
+            scalars["pace/worse"] = max(decision.worse.values())
+        record = {"event": "replay_ratio", "updates": session.agent.updates, **asdict(decision), "readings": readings}
         with self._logging():
-            self.tracker.scalars(step, scalars)
-        with self._logging():
-            self.tracker.text("pace/decision", told, step)
+            self.tracker.finding(step, record, scalars, told)
         if decision.move not in (0, self._last_move):
             self._last_move = decision.move
             self.view.note(f"step {step:,}: {told}")
@@ -179,6 +179,17 @@ class Reporter:
         )
         session.watch.lap("evaluate")
         return result
+
+    def tell_findings(self) -> None:
+        """What the plasticity monitor found since the last call; decisions are told on the terminal, too."""
+        session, step = self.session, self.session.progress.transitions
+        for event in session.watcher.pop_events() if session.watcher is not None else ():
+            with self._logging():
+                self.tracker.finding(step, event.record, event.scalars, event.sentence)
+            with self._logging():
+                self.tracker.histograms(step, event.weights)
+            if event.sentence:
+                self.view.note(f"plasticity at step {step:,}: {event.sentence}")
 
     def save(self, finished: bool = False) -> None:
         """A checkpoint that the logs agree with; see `Session.save` for the errors.

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from rlplastic.agents import parameter_bytes
 from rlplastic.agents.base import Agent
-from rlplastic.agents.soft_actor_critic import SoftActorCritic
+from rlplastic.agents.flashsac import FlashSAC
+from rlplastic.agents.sac import SAC
 from rlplastic.checkpoint import CheckpointStore, Loaded, SegmentReference
 from rlplastic.config import ADAPTIVE, Config
 from rlplastic.envs import make_envs
@@ -38,6 +39,7 @@ from rlplastic.replay.memory import available_memory
 from rlplastic.replay.prefetch import PrefetchingSampler
 from rlplastic.resources import FIRST_ENVIRONMENT, resident_bytes
 from rlplastic.run_directory import RunDirectory
+from rlplastic.watching import Watcher
 
 MAX_SEGMENTS = 128
 """Segments a checkpoint may list before the whole replay is written anew as one."""
@@ -80,6 +82,8 @@ class Session:
     """Transitions collected with uniform random actions."""
     pacer: Pacer | None = None
     """What moves the replay ratio while the run goes on; None: it stays."""
+    watcher: Watcher | None = None
+    """The plasticity monitor; None: off."""
     final_evaluation: Evaluation | None = None
     """That of the finished run; saved with it, so that rerunning the command can tell it again."""
     metrics: MetricMeans = field(default_factory=MetricMeans)
@@ -99,6 +103,12 @@ class Session:
     def compiling(self) -> bool:
         """Whether the next update compiles something."""
         return self.config.compile == "on" and self.agent.updates < self.first_update + COMPILED_UPDATES
+
+    @property
+    def priming(self) -> bool:
+        """Whether updates on the first transitions are owed, for which the environments wait."""
+        owed = self.progress.primed < self.config.priming_updates
+        return owed and self.progress.transitions >= max(self.replay_ratio.minimum, 1)
 
     # Environments
 
@@ -180,6 +190,8 @@ class Session:
             "replay_head": self.replay.export_head(),
             "loop": arrays | {f"metrics.{name}": tensor for name, tensor in self.metrics.state_dict().items()},
         }
+        if self.watcher is not None:
+            documents["monitor"], tensors["monitor"] = self.watcher.state_dict()
         if self.pacer is not None:
             documents["pacer"], tensors["pacer"] = self.pacer.state_dict(), self.pacer.tensors()
         try:
@@ -213,6 +225,8 @@ class Session:
             setattr(self.progress, name, value)
         self.agent.load_state_dict(loaded.tensors("agent"))
         self.first_update = self.agent.updates
+        if self.watcher is not None and "monitor" in loaded.groups:
+            self.watcher.load_state_dict(loaded.documents["monitor"], loaded.tensors("monitor"))
         replay = self.replay
         replay.clear()
         actions: dict[int, NDArray[np.float32]] = {}
@@ -359,12 +373,16 @@ def _build(
     taken = named_parts(config.init_what) if config.init_from is not None else []
     minimum = 0 if "replay" in taken else settings.minimum
     progress = Progress()
+    watcher = None
+    if config.monitor.mode != "off":
+        assert isinstance(agent, FlashSAC | SAC), "others cannot be read yet"
+        watcher = Watcher(config, agent, replay, planned_updates(config))
     guard = Guard(directory.path, replay, progress)
     guard.check_observation(observation)
     replay.begin(observation)
     pace, pacer = ReplayRatio(config.first_replay_ratio, minimum), None
     if config.replay_ratio == ADAPTIVE:
-        assert isinstance(agent, SoftActorCritic)
+        assert isinstance(agent, FlashSAC | SAC)
         pacer = Pacer(config, agent, replay, pace, _time_limit(envs))
     return Session(
         config=config,
@@ -382,4 +400,13 @@ def _build(
         progress=progress,
         observation=observation,
         uniform_until=0 if "actor" in taken else minimum,
+        watcher=watcher,
     )
+
+
+def planned_updates(config: Config) -> int | None:
+    """How many updates a resolved configuration asks for, as it begins; None without a budget in steps."""
+    assert config.replay.minimum is not None, "resolve the configuration first"
+    if config.env_steps is None:
+        return None
+    return config.priming_updates + int(config.first_replay_ratio * max(config.env_steps - config.replay.minimum, 0))

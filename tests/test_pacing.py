@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Callable
@@ -129,18 +130,24 @@ def test_updates_follow_the_ratio_of_each_window(tmp_path: Path, spied: list) ->
 
 
 def test_every_decision_is_logged_with_its_signals_and_its_reason(tmp_path: Path, spied: list) -> None:
-    trained(tmp_path, "adaptive.signal=gradient_dormant", "tracking.every=50")
+    trained(tmp_path, "adaptive.signal=gradient_dormant", "tracking.every=50", "monitor=off")
     events = EventAccumulator(str(tmp_path / "run"), size_guidance={"tensors": 0})
     events.Reload()
     ratios = {event.step: event.value for event in events.Scalars("pace/move")}
     assert ratios == {step: decision.move for _, step, decision in spied}
     texts = {
-        event.step: event.tensor_proto.string_val[0].decode() for event in events.Tensors("pace/decision/text_summary")
+        event.step: event.tensor_proto.string_val[0].decode()
+        for event in events.Tensors("plasticity/decisions/text_summary")
     }
     assert all(decision.reason in texts[step] and f"{decision.ratio:.4g}" in texts[step] for _, step, decision in spied)
     assert [event.value for event in events.Scalars("pace/gradient_dormant")][-1] == pytest.approx(
         spied[-1][0].readings["gradient_dormant"]
     )
+    lines = [json.loads(line) for line in (tmp_path / "run" / "plasticity.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["ratio"], line["reason"]) for line in lines] == [
+        (step, decision.ratio, decision.reason) for _, step, decision in spied
+    ]
+    assert lines[-1]["readings"] == spied[-1][0].readings
     updates = [event.value for event in events.Scalars("train/updates_per_transition")]
     samples = [event.value for event in events.Scalars("train/samples_per_transition")]
     assert samples == pytest.approx([16 * value for value in updates]) and updates[-1] > 0.4
