@@ -127,7 +127,8 @@ def treat(
     for key, mask in forgotten.items():
         if id(named[key]) in moved:  # frozen parameters may be left out of an optimizer
             forget(patient.optimizer, named[key], mask)
-    patient.project()
+    if edits:
+        patient.project()
     _follow(patient, edits, target, target_edits)
     networks = [patient.module] if patient.target is None else [patient.module, patient.target]
     for network in networks if statistics else []:
