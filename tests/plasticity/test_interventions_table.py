@@ -9,14 +9,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 from batches import random_batch
 from patient_networks import ACTIONS, DIMS, KINDS, ROWS, agent_of, patient_of
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlplastic.agents.adam import Adam
 from rlplastic.agents.flashsac import FlashSAC
@@ -128,7 +128,7 @@ def ill(kind: str, network: str) -> tuple[FlashSAC | SAC, Patient]:
     return agent, patient
 
 
-untreated = lru_cache(maxsize=None)(ill)
+untreated = cache(ill)
 """What nobody changes."""
 
 
@@ -197,6 +197,10 @@ def target(found: Case) -> None:
             torch.testing.assert_close(now, 0.8 * lag, rtol=0, atol=1e-6)
 
 
+def record(entering: dict[str, Tensor], name: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    entering[name] = inputs[0].detach()
+
+
 def statistics(found: Case) -> None:
     """Those of what enters each batch norm while all of them use the batch's."""
     for module in filter(None, (found.patient.module, found.patient.target)):
@@ -204,7 +208,7 @@ def statistics(found: Case) -> None:
         twin = copy.deepcopy(module)
         norms = {name: part for name, part in twin.named_modules() if hasattr(part, "running_mean")}
         for name, part in norms.items():
-            part.register_forward_pre_hook(lambda _, inputs, name=name: entering.update({name: inputs[0].detach()}))
+            part.register_forward_pre_hook(partial(record, entering, name))
         found.patient.outputs(twin, found.patient.states, True)
         for name, x in entering.items():
             norm = module.get_submodule(name)
