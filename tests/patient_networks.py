@@ -36,12 +36,13 @@ def bare_patient(key: int = 0, rows: int = 256, target: bool = False, **settings
     """A network and an optimizer as anyone's loop has them."""
     net = mlp(key)
     fields: dict[str, Any] = {
+        "fresh": mlp,
         "states": (normal(rows, 3),),
         "target": mlp(99) if target else None,
         "hidden": hidden_layers(net, "", ()),
         "head": ("4.weight", "4.bias"),
     }
-    return Patient("net", net, torch.optim.Adam(net.parameters(), 1e-3), mlp, **(fields | settings))
+    return Patient("net", net, torch.optim.Adam(net.parameters(), 1e-3), **(fields | settings))
 
 
 def agent_of(kind: str, seed: int = 0, width: int = 8, updates: int = 3) -> FlashSAC | SAC:

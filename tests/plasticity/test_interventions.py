@@ -13,6 +13,7 @@ from patient_networks import agent_of, bare_patient, mlp, normal, patient_of
 from torch import Tensor, nn
 
 from rlplastic.agents.adam import Adam
+from rlplastic.agents.patients import patients
 from rlplastic.errors import ConfigurationError
 from rlplastic.plasticity import units
 from rlplastic.plasticity.interventions import (
@@ -140,6 +141,21 @@ def test_nothing_to_re_estimate_is_said() -> None:
         batch_norm_reestimation(bare_patient(), 0)
 
 
+def test_a_refused_intervention_has_changed_nothing() -> None:
+    agent = agent_of("flashsac")
+    before = {name: value.clone() for name, value in agent.state_dict().items()}
+    for patient in patients(agent).values():
+        with pytest.raises(ConfigurationError, match="replay rows"):
+            full_reset(patient, 1)
+    assert all(torch.equal(value, before[name]) for name, value in agent.state_dict().items())
+    narrow = bare_patient(fresh=lambda key: mlp(key, width=8))
+    kept = weights(narrow.module)
+    for name in ("redo", "shrink_and_perturb", "full_reset"):
+        with pytest.raises(ConfigurationError, match=r"0\.weight"):
+            INTERVENTIONS[name](narrow, 1)
+    assert all(torch.equal(value, kept[name]) for name, value in weights(narrow.module).items())
+
+
 # Single units
 
 
@@ -163,7 +179,7 @@ def test_redo_replaces_dormant_units_and_leaves_the_outputs_as_they_were() -> No
     rest = [i for i in range(16) if i not in (1, 5)]
     assert torch.equal(after["2.weight"][2, rest], fresh["2.weight"][2, rest])
     assert torch.equal(after["0.weight"][rest], before["0.weight"][rest])
-    assert float(units.dormant_ratio(patient.module[:2](*patient.states))) == 0
+    assert float(units.dead_fraction(patient.module[:2](*patient.states))) == 0
 
 
 def test_redo_scores_members_apart() -> None:

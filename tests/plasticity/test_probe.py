@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -12,10 +13,15 @@ from patient_networks import KINDS, agent_of, bare_patient, mlp, normal, patient
 from torch import nn
 
 from rlplastic.agents.layers import NormBounds
+from rlplastic.agents.patients import patients
+from rlplastic.agents.sac import SAC
 from rlplastic.agents.sac.networks import Critic
+from rlplastic.config import SACConfig, ScalarCriticConfig
 from rlplastic.errors import ConfigurationError
+from rlplastic.plasticity.interventions import full_reset
 from rlplastic.plasticity.patient import Patient
 from rlplastic.plasticity.probe import CAP, Probe, probe, smooth_functions
+from rlplastic.replay.sample import Batch
 
 STEPS = 60
 
@@ -182,6 +188,52 @@ def test_norms_of_the_copy_are_bounded_after_every_step() -> None:
     probe(replace(patient, bound=bound), patient.states, 1, 3, functions=1)
     assert len(copies) == 2 and patient.module not in copies
     assert all(float(value) < 1e-5 for module in copies for value in NormBounds(module).deviations().values())
+
+
+def random_transitions(task: str, count: int) -> Batch:
+    """What a uniformly random policy meets."""
+    env = gymnasium.make(task)
+    env.action_space.seed(0)
+    observation, _ = env.reset(seed=0)
+    rows = []
+    for _ in range(count):
+        action = env.action_space.sample()
+        following, reward, terminated, truncated, _ = env.step(action)
+        rows.append((observation, action, reward, 0.0 if terminated else 0.99, following))
+        observation = env.reset()[0] if terminated or truncated else following
+    tensors = [torch.tensor(np.array(column), dtype=torch.float32) for column in zip(*rows, strict=True)]
+    observations, actions, rewards, discounts, following = tensors
+    return Batch({"policy": observations}, actions, rewards, discounts, {"policy": following}, torch.arange(count))
+
+
+def rows_of(batch: Batch, picks: torch.Tensor) -> Batch:
+    names = ("action", "reward", "discount", "rows")
+    groups = {name: {"policy": getattr(batch, name)["policy"][picks]} for name in ("observation", "next_observation")}
+    return Batch(**{name: getattr(batch, name)[picks] for name in names}, **groups)
+
+
+@pytest.mark.slow
+def test_a_primed_critic_is_ill_a_trained_one_is_not_and_a_reset_cures() -> None:
+    """Plain SAC, Hopper-v5, many updates on few transitions: the illness of arXiv 2205.07802."""
+    replay = random_transitions("Hopper-v5", 4000)
+    states = replay.observation["policy"][:1024], replay.action[:1024]
+
+    def critic_after(updates: int, transitions: int) -> Patient:
+        config = SACConfig(critic_width=128, actor_width=128, gamma=0.99)
+        agent = SAC({"policy": 11}, 3, 1, config, ScalarCriticConfig())
+        for index in range(updates):
+            rng = torch.Generator().manual_seed(index)
+            agent.update(rows_of(replay, torch.randint(transitions, (128,), generator=rng)), 0.0)
+        return patients(agent)["critic"]
+
+    healthy, primed = critic_after(2000, 4000), critic_after(12_000, 500)
+    found = [probe(patient, states, 1) for patient in (healthy, primed)]
+    full_reset(primed, 1)
+    cured = probe(primed, states, 1)
+    assert found[0].worst < 1.1
+    assert found[1].ratio > 1.8
+    assert found[1].ratio > 2 * found[0].ratio
+    assert cured.ratio == pytest.approx(1, abs=0.1)
 
 
 def test_states_and_targets_must_fit() -> None:
