@@ -67,7 +67,7 @@ class SoftActorCritic(ABC, Generic[L]):
             "critic": learner.critic,
             "target_critic": learner.target_critic,
         }
-        self._critic_group = critic_group
+        self.critic_group = critic_group
         self._planned_updates = planned_updates
         self._scaler = scaler
         self._reward_scale = torch.ones((), device=self.device)
@@ -120,7 +120,7 @@ class SoftActorCritic(ABC, Generic[L]):
             return torch.randn(count, self.action_dim, generator=rng, device=self.device)
 
         actor_noise = noise(self.ACTOR_ROWS * rows) if self.actor_is_due else None
-        return self.update_with(steps.inputs_of(batch, self._critic_group), actor_noise, noise(rows), budget_used)
+        return self.update_with(steps.inputs_of(batch, self.critic_group), actor_noise, noise(rows), budget_used)
 
     @property
     def actor_is_due(self) -> bool:
