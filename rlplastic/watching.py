@@ -144,6 +144,7 @@ class Watcher:
         self._common: Common | None = None
         self._before: dict[str, Tensor] | None = None
         self._probe_batch: Inputs | None = None
+        self._norms: dict[str, float] = {}
         self._initial = self._weights()
         self._previous, self._previous_at = self._initial, agent.updates
 
@@ -177,18 +178,24 @@ class Watcher:
     # What the monitor asks: readings
 
     def measure(self, tier: Literal["forward", "ranks"], updates: int) -> tuple[dict[str, float], dict[str, float]]:
-        """Metrics on a fresh batch, beside those of fresh networks; also told: the same on a batch that stays."""
+        """Metrics on a fresh batch, and what alarms compare them with: those of fresh networks.
+
+        Units are told on a batch that stays, too.
+        """
         if tier == "ranks" and not self._ranks:
             return {}, {}
         inputs = self._draw(updates)
         if self._probe_batch is None:
             self._probe_batch = inputs
         found, silent = self._measure(self.agent, inputs, tier, past=True)
-        fresh, _ = self._measure(self._fresh(inputs), inputs, tier)
-        kept, _ = self._measure(self.agent, self._probe_batch, tier)
-        told = found | {name.replace("plasticity/", "plasticity/frozen/", 1): value for name, value in kept.items()}
+        told = dict(found)
         record: dict[str, Any] = {"event": "measurement", "updates": updates, "tier": tier}
-        if tier == "forward":
+        if tier == "ranks":
+            fresh, _ = self._measure(self._fresh(inputs), inputs, tier)
+        else:
+            fresh = self._fresh_norms(inputs)
+            kept, _ = self._measure(self.agent, self._probe_batch, tier)
+            told |= {name.replace("plasticity/", "plasticity/frozen/", 1): value for name, value in kept.items()}
             outside = self._held_out(inputs, updates)
             told |= outside
             record["held_out_td_error"] = "measured" if outside else UNAVAILABLE
@@ -222,6 +229,13 @@ class Watcher:
         for patient in patients(fresh, inputs).values():
             full_reset(patient, self._key("fresh"))
         return fresh
+
+    def _fresh_norms(self, inputs: Inputs) -> dict[str, float]:
+        """How large fresh weights are: measured once, since it depends on no batch."""
+        if not self._norms:
+            fresh, _ = self._measure(self._fresh(inputs), inputs, "forward")
+            self._norms = {name: value for name, value in fresh.items() if name.endswith("/weight_norm")}
+        return self._norms
 
     def _held_out(self, trained: Inputs, updates: int) -> dict[str, float]:
         if not self.replay.held_out:

@@ -259,8 +259,8 @@ class Verdict:
 
     @property
     def gain(self) -> float:
-        """How much smaller the branch's error against returns is, as a share of the twin's."""
-        return 1 - self.branch.return_error / max(self.twin.return_error, 1e-12)
+        """How much smaller the branch's error against returns is, as a share of the twin's (taken as 0.01 at least)."""
+        return 1 - self.branch.return_error / max(self.twin.return_error, 0.01)
 
 
 def standing(values: Tensor, returns: Tensor, frozen: Tensor) -> Standing:
