@@ -81,6 +81,7 @@ SCALARS: dict[str, str] = {
 }
 """Every stable scalar and what it means; names are ``section/quantity``."""
 
+HISTOGRAM_BINS = 64
 MAX_GIF_FRAMES = 300
 """Frames of a video shown in TensorBoard, which holds images in memory; longer videos are thinned out evenly."""
 
@@ -209,7 +210,7 @@ class Tracker:
         """Distributions of tensors' entries by name; nothing for none."""
         for name, tensor in tensors.items():
             values = tensor.detach().float().cpu().numpy()
-            self._event(step=step, summary=_torch_summaries().histogram(name, values, "tensorflow"))
+            self._event(step=step, summary=_torch_summaries().histogram(name, values, HISTOGRAM_BINS))
         self._write()
 
     def last_evaluation(self) -> EvaluationRow | None:

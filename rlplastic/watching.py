@@ -51,7 +51,6 @@ TAIL = 0.05
 LONGEST = 300
 PROBED = 128
 """Rows of an optimizer step of a probe."""
-UNAVAILABLE = "unavailable: no episode is held out (replay.holdout)"
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,7 @@ class Watcher:
             told |= {name.replace("plasticity/", "plasticity/frozen/", 1): value for name, value in kept.items()}
             outside = self._held_out(inputs, updates)
             told |= outside
-            record["held_out_td_error"] = "measured" if outside else UNAVAILABLE
+            record["held_out_td_error"] = "measured" if outside else self._unavailable
             self._previous, self._previous_at = self._weights(), updates
         record |= {"values": told, "fresh": fresh, "uninformative": silent}
         shown: dict[str, Tensor] = {}
@@ -236,6 +235,11 @@ class Watcher:
             fresh, _ = self._measure(self._fresh(inputs), inputs, "forward")
             self._norms = {name: value for name, value in fresh.items() if name.endswith("/weight_norm")}
         return self._norms
+
+    @property
+    def _unavailable(self) -> str:
+        """Why nothing can be said of held-out episodes."""
+        return "unavailable: " + ("too few are there yet" if self.config.replay.holdout else "replay.holdout is 0")
 
     def _held_out(self, trained: Inputs, updates: int) -> dict[str, float]:
         if not self.replay.held_out:
@@ -289,7 +293,7 @@ class Watcher:
         held_out = self.replay.held_out >= FEW
         short = self._draw(self.agent.updates, held_out=held_out)
         long = self._draw(self.agent.updates, self._horizon, held_out)
-        source = "held-out episodes" if held_out else f"replay that training samples too; held-out ones {UNAVAILABLE}"
+        source = "held-out episodes" if held_out else f"replay that training samples too; held-out {self._unavailable}"
         self._common = Common(
             short.critic_observation,
             short.observation,

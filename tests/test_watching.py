@@ -135,7 +135,7 @@ def test_findings_lie_in_one_log_as_curves_and_as_sentences(tmp_path: Path, caps
 
 
 def test_held_out_episodes_give_the_held_out_error_and_its_gap(tmp_path: Path) -> None:
-    trained(tmp_path, "env_steps=300", "evaluation.every=0", "replay.holdout=0.5", "agent=sac")
+    trained(tmp_path, "env_steps=500", "evaluation.every=0", "replay.holdout=0.5", "agent=sac")
     last = [finding for finding in findings(tmp_path) if finding.get("tier") == "forward"][-1]
     assert last["held_out_td_error"] == "measured"
     assert {f"plasticity/critic/all/held_out_td_{what}" for what in ("error", "gap")} <= last["values"].keys()
@@ -214,7 +214,7 @@ def test_priming_updates_come_on_the_first_transitions_before_the_environments_g
     assert all(step > 200 for updates, step in measured if updates > 250)
     assert state["progress"]["primed"] == 250  # type: ignore[index]
     done = load_file(checkpoints(tmp_path / "run")[-1] / "agent.safetensors")["updates"]
-    assert int(done) == 250 + 50
+    assert int(done) == 250 + (49 if overlap == "true" else 50), "with overlap the last credit is not used"
 
 
 @pytest.mark.slow
