@@ -49,7 +49,7 @@ class Applied:
         schedule: what became of the learning rate's schedule.
         rebase: parameters whose references (distance from init, anchors, averages) start from now.
         cooldown: whether nothing else may be done until the network has settled.
-        updates: cost in optimizer steps.
+        updates: cost in updates, rounded up: a pass over the states to score units, one to re-estimate statistics.
         before: to roll back with `rlplastic.plasticity.patient.restore`; None of what acts in every update.
     """
 
@@ -119,6 +119,8 @@ def treat(
     Raises:
         ConfigurationError: running statistics need states that the patient does not have.
     """
+    if statistics:
+        patient.check_states()
     before = snapshot(patient) if rollback else None
     forgotten = {key: edit.mask for key, edit in edits.items()} if memory is None else memory
     _write(patient.module, edits)
@@ -127,7 +129,8 @@ def treat(
     for key, mask in forgotten.items():
         if id(named[key]) in moved:  # frozen parameters may be left out of an optimizer
             forget(patient.optimizer, named[key], mask)
-    patient.project()
+    if edits:
+        patient.project()
     _follow(patient, edits, target, target_edits)
     networks = [patient.module] if patient.target is None else [patient.module, patient.target]
     for network in networks if statistics else []:
@@ -150,7 +153,7 @@ def treat(
         schedule=SCHEDULE,
         rebase=tuple(edits),
         cooldown=bool(edits or forgotten or statistics),
-        updates=0,
+        updates=(units is not None) + (statistics and patient.has_running_statistics),
         before=before,
     )
 
