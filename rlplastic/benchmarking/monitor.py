@@ -7,6 +7,7 @@ TensorBoard. At their default cadences they may cost 3 % of the updates' time.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -61,7 +62,8 @@ def row(name: str, width: int, batch_size: int, repeats: int) -> dict[str, Any]:
                 for event in watcher.pop_events():
                     tracker.finding(0, event.record, event.scalars, event.sentence)
 
-            works = {"update": update, "forward": partial(read, "forward"), "ranks": partial(read, "ranks")}
+            works: dict[str, Callable[[], object]] = {"update": update}
+            works |= {"forward": partial(read, "forward"), "ranks": partial(read, "ranks")}
             times = interleaved(works, repeats, wait=barrier(machine.device))
         session.envs.close()
     one, forward, ranks = times["update"] / 2e3, times["forward"] / 1e3, times["ranks"] / 1e3
