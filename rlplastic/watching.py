@@ -38,6 +38,7 @@ from rlplastic.plasticity.decision_loop import PlasticityMonitor
 from rlplastic.plasticity.interventions import full_reset
 from rlplastic.plasticity.monitor import Evidence, Rules
 from rlplastic.plasticity.patient import Patient
+from rlplastic.plasticity.ranks import effective_rank
 from rlplastic.replay import ReplayRing, Sampler
 from rlplastic.replay.sample import Batch
 
@@ -190,7 +191,7 @@ class Watcher:
         told = dict(found)
         record: dict[str, Any] = {"event": "measurement", "updates": updates, "tier": tier}
         if tier == "ranks":
-            fresh, _ = self._measure(self._fresh(inputs), inputs, tier)
+            fresh = self._fresh_ranks(inputs)
         else:
             fresh = self._fresh_norms(inputs)
             kept, _ = self._measure(self.agent, self._probe_batch, tier)
@@ -235,6 +236,16 @@ class Watcher:
             fresh, _ = self._measure(self._fresh(inputs), inputs, "forward")
             self._norms = {name: value for name, value in fresh.items() if name.endswith("/weight_norm")}
         return self._norms
+
+    def _fresh_ranks(self, inputs: Inputs) -> dict[str, float]:
+        """Effective ranks of fresh networks on this batch; other ranks raise no alarm."""
+        found = {}
+        for name, subject in subjects(self._fresh(inputs)).items():
+            layers = subject.read(inputs)
+            for layer in subject.rank_layers or ():
+                rank = effective_rank(layers[layer].values).mean()
+                found[f"plasticity/{name}/{layer}/effective_rank"] = float(rank)
+        return found
 
     @property
     def _unavailable(self) -> str:
