@@ -216,9 +216,58 @@ class TrackingConfig:
 
 @dataclass
 class MonitorConfig:
-    """The plasticity monitor; `off` is the only mode built so far."""
+    """The plasticity monitor (docs/plasticity.md).
 
-    mode: str = "off"
+    Cadences and windows are in updates; in runs with a budget in steps they shrink to a part of the planned ones.
+    """
+
+    mode: str = "watch"
+    """off; watch: measure and raise alarms, never act; full: probe, treat a branch, verify, commit or roll back;
+    scheduled: intervene at given updates, asking nobody (a baseline)."""
+    forward_every: int = 1_000
+    """Between readings of units and weights; at most a 20th of the planned updates."""
+    ranks_every: int = 10_000
+    """Between readings of ranks; at most a 5th."""
+    probe_every: int = 50_000
+    """Between probes without an alarm; at most a half."""
+    probe_steps: int = 300
+    """Optimizer steps of a probe on each function."""
+    probe_functions: int = 3
+    """Random functions of a probe."""
+    ill: float = 1.5
+    """A network is ill if its probe is this many times a fresh network's: healthy runs measured up to 1, ill ones 3."""
+    healthy: float = 1.2
+    """A treated network must come below this."""
+    ladder: list[str] = field(
+        default_factory=lambda: ["optimizer_reset", "redo", "last_layer_reset", "shrink_and_perturb", "full_reset"]
+    )
+    """Interventions in the order in which they are tried, smallest first."""
+    max_interventions: int = 4
+    """Commits in a run; 0: probe, but never act."""
+    budget: float = 0.15
+    """Share of the planned updates (of those done, where none are planned) that probes and branches may cost."""
+    verify_updates: int | None = None
+    """Updates of a branch before it is judged; None: 2,000, at most a 20th of the planned ones."""
+    verify_rounds: int = 4
+    """How often so many updates a branch may have before it is dropped."""
+    value_margin: float = 0.1
+    """By how much a branch's errors may exceed its twin's, in standard deviations of the targets."""
+    rank_margin: float = 0.05
+    """By how much its rank correlation of values and returns may fall short."""
+    return_margin: float = 0.2
+    """Share of the training return that may be missing at the end of the recovery window."""
+    recovery_updates: int | None = None
+    """The recovery window after a commit; None: 5,000, at most a 10th of the planned updates."""
+    cooldown: int | None = None
+    """Updates after a decision in which no other is taken; None: 5,000, at most a 20th of the planned ones."""
+    scheduled_every: int = 50_000
+    """Between scheduled interventions."""
+    scheduled_intervention: str = "full_reset"
+    """What is done to actor and critic then."""
+    scheduled_count: int | None = None
+    """So many interventions at random moments of the planned updates, instead of every `scheduled_every`."""
+    histograms: bool = False
+    """Also show the networks' weights as histograms in TensorBoard, with every forward reading."""
 
 
 @dataclass
@@ -246,6 +295,9 @@ class Config:
     """Everything random follows from it."""
     replay_ratio: float | None = None
     """Gradient updates per environment transition, whatever the number of environments; fractions are carried over."""
+    priming_updates: int = 0
+    """Updates done on the first `replay.minimum` transitions the moment they are there, before training goes on: "heavy
+    priming" (arXiv 2205.07802), which makes a network ill on purpose; 0: none."""
     env_steps: int | None = None
     """Stop after this many environment transitions; None: no limit on steps."""
     max_minutes: float | None = None

@@ -24,6 +24,8 @@ from rlplastic.errors import CheckpointWriteError, Interrupted, NonFiniteError
 from rlplastic.reporting import Reporter
 from rlplastic.session import Session
 
+PRIMING_UPDATES_A_TURN = 100
+
 
 def train(session: Session, reporter: Reporter) -> None:
     """Train until the budget is spent, then evaluate and save.
@@ -57,17 +59,19 @@ def train(session: Session, reporter: Reporter) -> None:
 def advance(session: Session) -> int:
     """One vector step and the updates that are due; returns the transitions it added."""
     started = session.watch.elapsed
-    action = _send(session)
-    if session.config.overlap:
-        session.store_received()
-        session.watch.lap("store")
-        _learn(session)
-        added = _receive(session, action)
+    if session.priming:
+        _prime(session)
+        added = 0
     else:
-        added = _receive(session, action)
+        action = _send(session)
+        if not session.config.overlap:
+            added = _receive(session, action)
         session.store_received()
         session.watch.lap("store")
-        _learn(session)
+        # while all that the replay holds is held out, updates wait
+        _learn(session, session.replay_ratio.due(session.progress) if session.replay.transitions else 0)
+        if session.config.overlap:
+            added = _receive(session, action)
     session.progress.train_seconds += session.watch.elapsed - started
     return added
 
@@ -85,11 +89,19 @@ def _send(session: Session) -> NDArray[np.float32]:
     return action
 
 
-def _learn(session: Session) -> None:
-    """The updates that are owed; while all that the replay holds is held out, they wait."""
+def _prime(session: Session) -> None:
+    """Some of the updates on the first transitions (`Config.priming_updates`); the environments wait meanwhile."""
+    session.store_received()
+    session.watch.lap("store")
+    due = min(session.config.priming_updates - session.progress.primed, PRIMING_UPDATES_A_TURN)
+    session.progress.primed += due
+    _learn(session, due)
+
+
+def _learn(session: Session, due: int) -> None:
+    """So many updates."""
     agent, watch = session.agent, session.watch
     budget_used = session.budget.used(session.progress)
-    due = session.replay_ratio.due(session.progress) if session.replay.transitions else 0
     for batch in session.sampler.batches(agent.updates, due, agent.reward_scale) if due else ():
         watch.lap("sample")
         section = "compile" if session.compiling else "update"
@@ -100,6 +112,9 @@ def _learn(session: Session) -> None:
         session.guard.check_update(metrics, batch, agent.updates)
         session.metrics.add(metrics)
         watch.lap("check")
+        if session.watcher is not None:
+            session.watcher.after_update(batch, budget_used)
+            watch.lap("monitor")
 
 
 def _receive(session: Session, action: NDArray[np.float32]) -> int:
@@ -109,6 +124,8 @@ def _receive(session: Session, action: NDArray[np.float32]) -> int:
     watch.lap("env")
     session.guard.check_step(step, action)
     valid = session.episodes.observe(step)
+    if session.watcher is not None:
+        session.watcher.episodes_ended(session.episodes.ended)
     session.received = action, step, valid
     session.observation = step.observation
     added = int(valid.sum())
@@ -126,6 +143,7 @@ def after(session: Session, reporter: Reporter, added: int) -> None:
     The checkpoint comes last: it must not promise a log or an evaluation that was not written yet.
     """
     config, progress, watch = session.config, session.progress, session.watch
+    reporter.tell_findings()
     assert config.evaluation.every is not None and config.tracking.every and config.checkpoint.every, "resolve first"
     if progress.crossed(config.evaluation.every, added) and not session.budget.spent(progress):
         reporter.evaluate(config.evaluation.episodes)

@@ -19,6 +19,7 @@ import torch
 from rlplastic.config import CRITIC_OF, VARIANTS, Config
 from rlplastic.errors import ConfigurationError, nearest
 from rlplastic.kernels import dispatch
+from rlplastic.plasticity.interventions import INTERVENTIONS
 
 DEFAULT_MINUTES = 10.0
 COMPILE_PAYS_MINUTES = 3.0
@@ -266,10 +267,33 @@ POSITIVE = (
     "checkpoint.every",
     "checkpoint.keep",
     "tracking.every",
+    "monitor.forward_every",
+    "monitor.ranks_every",
+    "monitor.probe_every",
+    "monitor.probe_steps",
+    "monitor.probe_functions",
+    "monitor.ill",
+    "monitor.healthy",
+    "monitor.verify_updates",
+    "monitor.verify_rounds",
+    "monitor.recovery_updates",
+    "monitor.cooldown",
+    "monitor.scheduled_every",
+    "monitor.scheduled_count",
     "replay_ratio",
     "env_steps",
     "max_minutes",
     "threads",
+)
+NOT_NEGATIVE = (
+    "monitor.max_interventions",
+    "monitor.budget",
+    "monitor.value_margin",
+    "monitor.rank_margin",
+    "monitor.return_margin",
+    "priming_updates",
+    "evaluation.every",
+    "seed",
 )
 MOST = {
     "threads": 1024,
@@ -294,7 +318,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "agent.name": tuple(VARIANTS["agent"]),
     "critic.kind": tuple(VARIANTS["critic"]),
     "schedule.kind": ("budget", "horizon"),
-    "monitor.mode": ("off",),
+    "monitor.mode": ("off", "watch", "full", "scheduled"),
+    "monitor.scheduled_intervention": tuple(INTERVENTIONS),
     "replay.observation_dtype": ("float32", "float16", "bfloat16", "int8"),
     "replay.device": ("learner", "pinned"),
     "kernels": ("auto", "triton", "torch"),
@@ -341,10 +366,15 @@ def check(config: Config) -> None:
     decay = _value(config, "agent.weight_decay")
     if decay is not None and not 0 <= decay < math.inf:
         raise ConfigurationError(f"agent.weight_decay={decay} is out of range; expected 0 or more")
-    if config.seed < 0:
-        raise ConfigurationError(f"seed={config.seed} is out of range; expected a number of 0 or more")
-    if config.evaluation.every is not None and config.evaluation.every < 0:
-        raise ConfigurationError(f"evaluation.every={config.evaluation.every} is out of range; expected 0 or more")
+    for key in NOT_NEGATIVE:
+        value = _value(config, key)
+        if value is not None and not 0 <= value < math.inf:
+            raise ConfigurationError(f"{key}={value} is out of range; expected a number of 0 or more")
+    for name in config.monitor.ladder:
+        if name not in INTERVENTIONS:
+            raise ConfigurationError(f"monitor.ladder has {name!r}; {nearest(name, list(INTERVENTIONS))}")
+    if config.monitor.mode == "scheduled" and config.monitor.scheduled_count and config.env_steps is None:
+        raise ConfigurationError("monitor.scheduled_count draws among the planned updates; expected env_steps with it")
 
 
 def _value(config: Config, key: str) -> Any:  # noqa: ANN401 - of whatever type the setting has

@@ -152,6 +152,17 @@ class Reporter:
         session.watch.lap("evaluate")
         return result
 
+    def tell_findings(self) -> None:
+        """What the plasticity monitor found since the last call; decisions are told on the terminal, too."""
+        session, step = self.session, self.session.progress.transitions
+        for event in session.watcher.pop_events() if session.watcher is not None else ():
+            with self._logging():
+                self.tracker.finding(step, event.record, event.scalars, event.sentence)
+            with self._logging():
+                self.tracker.histograms(step, event.weights)
+            if event.sentence:
+                self.view.note(f"plasticity at step {step:,}: {event.sentence}")
+
     def save(self, finished: bool = False) -> None:
         """A checkpoint that the logs agree with; see `Session.save` for the errors.
 

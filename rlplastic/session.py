@@ -22,6 +22,8 @@ from torch import Tensor
 
 from rlplastic.agents import parameter_bytes
 from rlplastic.agents.base import Agent
+from rlplastic.agents.flashsac import FlashSAC
+from rlplastic.agents.sac import SAC
 from rlplastic.checkpoint import CheckpointStore, Loaded, SegmentReference
 from rlplastic.config import Config
 from rlplastic.envs import make_envs
@@ -36,6 +38,7 @@ from rlplastic.replay.memory import available_memory
 from rlplastic.replay.prefetch import PrefetchingSampler
 from rlplastic.resources import FIRST_ENVIRONMENT, resident_bytes
 from rlplastic.run_directory import RunDirectory
+from rlplastic.watching import Watcher
 
 MAX_SEGMENTS = 128
 """Segments a checkpoint may list before the whole replay is written anew as one."""
@@ -76,6 +79,8 @@ class Session:
     """What the environments returned last."""
     uniform_until: int
     """Transitions collected with uniform random actions."""
+    watcher: Watcher | None = None
+    """The plasticity monitor; None: off."""
     final_evaluation: Evaluation | None = None
     """That of the finished run; saved with it, so that rerunning the command can tell it again."""
     metrics: MetricMeans = field(default_factory=MetricMeans)
@@ -95,6 +100,12 @@ class Session:
     def compiling(self) -> bool:
         """Whether the next update compiles something."""
         return self.config.compile == "on" and self.agent.updates < self.first_update + COMPILED_UPDATES
+
+    @property
+    def priming(self) -> bool:
+        """Whether updates on the first transitions are owed, for which the environments wait."""
+        owed = self.progress.primed < self.config.priming_updates
+        return owed and self.progress.transitions >= max(self.replay_ratio.minimum, 1)
 
     # Environments
 
@@ -170,6 +181,9 @@ class Session:
         arrays = {f"episodes.{name}": torch.from_numpy(np.asarray(a)) for name, a in self.episodes.state_dict().items()}
         arrays |= {f"observation.{group}": torch.from_numpy(array) for group, array in self.observation.items()}
         documents = {"progress": asdict(self.progress), "logs": log_lengths, "finished": finished}
+        monitor: dict[str, dict[str, Tensor]] = {}
+        if self.watcher is not None:
+            documents["monitor"], monitor["monitor"] = self.watcher.state_dict()
         if self.final_evaluation is not None:
             documents["evaluation"] = {name: array.tolist() for name, array in vars(self.final_evaluation).items()}
         try:
@@ -179,6 +193,7 @@ class Session:
                     "agent": self.agent.state_dict(),
                     "replay_head": self.replay.export_head(),
                     "loop": arrays | {f"metrics.{name}": tensor for name, tensor in self.metrics.state_dict().items()},
+                    **monitor,
                 },
                 documents=documents,
                 new_segments=[segment],
@@ -207,6 +222,8 @@ class Session:
             setattr(self.progress, name, value)
         self.agent.load_state_dict(loaded.tensors("agent"))
         self.first_update = self.agent.updates
+        if self.watcher is not None and "monitor" in loaded.groups:
+            self.watcher.load_state_dict(loaded.documents["monitor"], loaded.tensors("monitor"))
         replay = self.replay
         replay.clear()
         actions: dict[int, NDArray[np.float32]] = {}
@@ -346,6 +363,10 @@ def _build(
     taken = named_parts(config.init_what) if config.init_from is not None else []
     minimum = 0 if "replay" in taken else settings.minimum
     progress = Progress()
+    watcher = None
+    if config.monitor.mode != "off":
+        assert isinstance(agent, FlashSAC | SAC), "others cannot be read yet"
+        watcher = Watcher(config, agent, replay, planned_updates(config))
     guard = Guard(directory.path, replay, progress)
     guard.check_observation(observation)
     replay.begin(observation)
@@ -364,4 +385,13 @@ def _build(
         progress=progress,
         observation=observation,
         uniform_until=0 if "actor" in taken else minimum,
+        watcher=watcher,
     )
+
+
+def planned_updates(config: Config) -> int | None:
+    """How many updates a resolved configuration asks for; None without a budget in steps."""
+    assert config.replay_ratio is not None and config.replay.minimum is not None, "resolve the configuration first"
+    if config.env_steps is None:
+        return None
+    return config.priming_updates + int(config.replay_ratio * max(config.env_steps - config.replay.minimum, 0))

@@ -1,6 +1,6 @@
-"""What a run leaves behind for people: TensorBoard events, ``eval.csv`` and ``timing.csv`` in its directory.
+"""What a run leaves behind for people: TensorBoard events, ``eval.csv``, ``plasticity.jsonl`` and ``timing.csv``.
 
-``eval.csv`` and the events describe the run and are cut back to the checkpoint on resume (`rlplastic.run_directory`):
+All but the last describe the run and are cut back to the checkpoint on resume (`rlplastic.run_directory`):
 an interrupted run and an uninterrupted one leave the same evaluation rows, bit for bit. ``timing.csv`` describes the
 attempts and keeps all of them. Nothing here reads the clock but for the time of day that TensorBoard's events carry.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import io
 import itertools
+import json
 import math
 import os
 import socket
@@ -30,6 +31,8 @@ from rlplastic.errors import ConfigurationError, LogWriteError
 from rlplastic.run_directory import remedy
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rlplastic.evaluation import Evaluation
 
 SECTIONS = {
@@ -78,6 +81,7 @@ SCALARS: dict[str, str] = {
 }
 """Every stable scalar and what it means; names are ``section/quantity``."""
 
+HISTOGRAM_BINS = 64
 MAX_GIF_FRAMES = 300
 """Frames of a video shown in TensorBoard, which holds images in memory; longer videos are thinned out evenly."""
 
@@ -139,6 +143,7 @@ class Tracker:
         self.directory = directory
         self._evaluations = directory / "eval.csv"
         self._timings = directory / "timing.csv"
+        self._findings = directory / "plasticity.jsonl"
         _open_table(self._evaluations, EvaluationRow._fields)
         _open_table(self._timings, ("attempt", *TimingRow._fields))
         self._attempt = 1 + _last_attempt(self._timings)
@@ -185,6 +190,29 @@ class Tracker:
         self._scalars(row.step, {"eval/return_mean": row.return_mean, "eval/return_ci95": half_width})
         self._write()
 
+    def finding(self, step: int, record: Mapping[str, Any], scalars: Mapping[str, float], sentence: str) -> None:
+        """A line of ``plasticity.jsonl`` and what of it TensorBoard shows.
+
+        Args:
+            step: environment transitions so far; first in the line.
+            record: what JSON can hold.
+            scalars: points of curves.
+            sentence: shown as text; empty where nothing was decided.
+        """
+        self._add(self._findings, json.dumps({"step": step, **record}, allow_nan=False).encode() + b"\n")
+        if scalars:
+            self._scalars(step, scalars)
+        if sentence:
+            self._event(step=step, summary=_torch_summaries().text("plasticity/decisions", sentence))
+        self._write()
+
+    def histograms(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Distributions of tensors' entries by name; nothing for none."""
+        for name, tensor in tensors.items():
+            values = tensor.detach().float().cpu().numpy()
+            self._event(step=step, summary=_torch_summaries().histogram(name, values, HISTOGRAM_BINS))
+        self._write()
+
     def last_evaluation(self) -> EvaluationRow | None:
         """The last row of ``eval.csv``, be it of an earlier attempt; None without any.
 
@@ -206,7 +234,8 @@ class Tracker:
     def flush(self) -> None:
         """Put everything so far on the disk, so that `RunDirectory.log_lengths` counts all of it."""
         self._write()
-        for path in (self._evaluations, self._timings, self._events):
+        findings = [self._findings] if self._findings.exists() else []
+        for path in (self._evaluations, self._timings, self._events, *findings):
             with _writing(path), open(path, "rb") as file:
                 os.fsync(file.fileno())
 

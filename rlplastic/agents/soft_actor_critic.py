@@ -5,9 +5,10 @@ They differ in their networks and losses, in the noise they explore with, and in
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 import torch
@@ -62,15 +63,16 @@ class SoftActorCritic(ABC, Generic[L]):
         self.action_dim = action_dim
         self.updates = 0
         self.td_error: Tensor | None = None
-        self.modules: dict[str, nn.Module] = {
-            "actor": learner.actor,
-            "critic": learner.critic,
-            "target_critic": learner.target_critic,
-        }
         self.critic_group = critic_group
         self._planned_updates = planned_updates
         self._scaler = scaler
         self._reward_scale = torch.ones((), device=self.device)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The networks by name."""
+        learner = self.learner
+        return {"actor": learner.actor, "critic": learner.critic, "target_critic": learner.target_critic}
 
     # Acting
 
@@ -163,9 +165,30 @@ class SoftActorCritic(ABC, Generic[L]):
             "temperature": (learner.temperature_optimizer, None),
         }
 
+    def branch(self) -> Self:
+        """A twin that learns what this agent would: its own copy of all that is learned, the rest is shared.
+
+        After equal updates both are equal bit for bit. Reward statistics, held noise and compiled losses are one.
+        """
+        twin = copy.copy(self)
+        twin.learner = copy.deepcopy(self.learner)
+        return twin
+
+    def learned_state(self) -> dict[str, Tensor]:
+        """Networks, optimizers and temperature: what an update moves; not copies."""
+        return steps.learned_state(self.modules, self.learner.log_alpha, self._optimizers())
+
+    def load_learned_state(self, state: dict[str, Tensor]) -> None:
+        """Take over `learned_state` of an agent of the same sizes in place, bit for bit.
+
+        Raises:
+            RuntimeError: names or shapes differ from this agent's.
+        """
+        steps.load_learned_state(state, self.modules, self.learner.log_alpha, self._optimizers())
+
     def state_dict(self) -> dict[str, Tensor]:
         """Networks, optimizers, temperature, reward statistics and counters as flat CPU tensors."""
-        state = steps.learned_state(self.modules, self.learner.log_alpha, self._optimizers())
+        state = self.learned_state()
         state |= {f"reward.{entry}": value for entry, value in self._scaler.state_dict().items()}
         state["updates"] = torch.tensor(self.updates)
         return {name: value.detach().cpu() for name, value in state.items()}
@@ -189,6 +212,6 @@ class SoftActorCritic(ABC, Generic[L]):
         Raises:
             RuntimeError: names or shapes differ from this agent's.
         """
-        steps.load_learned_state(state, self.modules, self.learner.log_alpha, self._optimizers())
+        self.load_learned_state(state)
         self._scaler.load_state_dict(steps.part(state, "reward."))
         self.updates = int(state["updates"])

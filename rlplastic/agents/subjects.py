@@ -137,16 +137,17 @@ def members_of(agent: Agent) -> int:
 
 
 def inputs_of(agent: Agent, batch: Batch) -> Inputs:
-    """Copies of a sampled batch, which the sampler's next call does not overwrite; without weights of rows."""
+    """Copies of a sampled batch on the agent's device, which the sampler does not overwrite; without weights."""
     inputs = steps.inputs_of(batch, agent.critic_group)
-    tensors = {field.name: getattr(inputs, field.name) for field in fields(Inputs) if field.name != "weight"}
-    return Inputs(**{name: tensor.clone() for name, tensor in tensors.items()})
+    names = [field.name for field in fields(Inputs) if field.name != "weight"]
+    return Inputs(**{name: getattr(inputs, name).to(agent.device, copy=True) for name in names})
 
 
 def rows_of(inputs: Inputs, start: int, stop: int) -> Inputs:
     """Rows ``start`` to ``stop`` of a batch: micro-batches, or single states."""
-    tensors: dict[str, Any] = {field.name: getattr(inputs, field.name) for field in fields(Inputs)}
-    return Inputs(**{name: None if tensor is None else tensor[start:stop] for name, tensor in tensors.items()})
+    given = {field.name: getattr(inputs, field.name) for field in fields(Inputs)}
+    rows: dict[str, Any] = {name: tensor if tensor is None else tensor[start:stop] for name, tensor in given.items()}
+    return Inputs(**rows)
 
 
 def values(agent: Agent, observation: Tensor, action: Tensor) -> Tensor:
@@ -164,6 +165,12 @@ def critic_values(critic: nn.Module, observation: Tensor, action: Tensor) -> Ten
     """As `values`, of any critic network of a known kind, such as a copy."""
     kind = KINDS[type(critic)]
     return kind.value(critic, kind.output(critic, observation, action))
+
+
+def policy_mean(agent: Agent, observation: Tensor) -> Tensor:
+    """Mean (B, A) of the policy before squashing, on policy observations (B, D)."""
+    actor = agent.learner.actor
+    return KINDS[type(actor)].policy(actor, observation)[0]
 
 
 @torch.no_grad()
