@@ -40,6 +40,7 @@ def train(session: Session, reporter: Reporter) -> None:
     with stop_signals() as stop:
         while not session.budget.spent(session.progress):
             added = advance(session)
+            adapt(session, reporter, added)
             after(session, reporter, added)
             if stop.is_set():
                 reporter.save()
@@ -135,6 +136,14 @@ def _receive(session: Session, action: NDArray[np.float32]) -> int:
         session.rebuild()
     watch.lap("store")
     return added
+
+
+def adapt(session: Session, reporter: Reporter, added: int) -> None:
+    """With `replay_ratio=adaptive`, at the end of a window: what the critic's measurements make of the ratio."""
+    decision = session.pacer.after(session.progress, added) if session.pacer is not None else None
+    if decision is not None:
+        session.progress.train_seconds += session.watch.lap("monitor")
+        reporter.paced(decision)
 
 
 def after(session: Session, reporter: Reporter, added: int) -> None:

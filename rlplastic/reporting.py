@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from rlplastic.envs.base import Observation
 from rlplastic.errors import LogWriteError
 from rlplastic.evaluation import Evaluation, evaluate
+from rlplastic.plasticity.replay_ratio import Decision
 from rlplastic.session import Session
 from rlplastic.terminal import Moment, Status, View
 from rlplastic.time_profile import LEARNING
@@ -34,6 +36,7 @@ class Reporter:
         self._recent: deque[float] = deque(maxlen=RECENT_EPISODES)
         self._logged_transitions = session.progress.transitions
         self._logged_updates = session.agent.updates
+        self._last_move = 0
         self._unwritten = False
         self._finished = False
         view.watch(self._moment, self._status(None, None, {}))
@@ -81,9 +84,16 @@ class Reporter:
         training = max(total - sections.get("evaluate", 0.0), 1e-9)
         sections["learn"] = sum(sections.get(name, 0.0) for name in LEARNING)
         fractions = {f"fraction_{name}": sections.get(name, 0.0) / total for name in SECTIONS}
-        env_rate = (progress.transitions - self._logged_transitions) / training
-        update_rate = (session.agent.updates - self._logged_updates) / training
+        transitions = progress.transitions - self._logged_transitions
+        updates = session.agent.updates - self._logged_updates
+        env_rate, update_rate = transitions / training, updates / training
         self._logged_transitions, self._logged_updates = progress.transitions, session.agent.updates
+        if transitions:
+            assert session.config.replay.batch_size, "resolve the configuration first"
+            scalars |= {
+                "train/updates_per_transition": updates / transitions,
+                "train/samples_per_transition": updates * session.config.replay.batch_size / transitions,
+            }
         scalars |= {"speed/env_steps_per_s": env_rate, "speed/updates_per_s": update_rate}
         scalars |= {f"speed/{name}": part for name, part in fractions.items()}
         wall = session.watch.elapsed
@@ -132,6 +142,24 @@ class Reporter:
             critic_loss=means.get("loss/critic"),
             alpha=means.get("policy/alpha"),
         )
+
+    def paced(self, decision: Decision) -> None:
+        """What became of the replay ratio, and why; the terminal hears of it when the direction changes."""
+        session, step = self.session, self.session.progress.transitions
+        assert session.pacer is not None
+        word = {1: "rises", 0: "stays", -1: "falls"}[decision.move]
+        told = f"replay ratio {word}, {decision.ratio:.4g}: {decision.reason}"
+        readings = session.pacer.readings
+        scalars = {f"pace/{name}": value for name, value in readings.items()} | {"pace/move": decision.move}
+        if decision.worse:
+            scalars["pace/worse"] = max(decision.worse.values())
+        record = {"event": "replay_ratio", "updates": session.agent.updates, **asdict(decision), "readings": readings}
+        with self._logging():
+            self.tracker.finding(step, record, scalars, told)
+        if decision.move not in (0, self._last_move):
+            self._last_move = decision.move
+            self.view.note(f"step {step:,}: {told}")
+        session.watch.lap("log")
 
     def evaluate(self, episodes: int) -> Evaluation:
         """Deterministic returns on environments of their own, into eval.csv and TensorBoard."""

@@ -25,13 +25,14 @@ from rlplastic.agents.base import Agent
 from rlplastic.agents.flashsac import FlashSAC
 from rlplastic.agents.sac import SAC
 from rlplastic.checkpoint import CheckpointStore, Loaded, SegmentReference
-from rlplastic.config import Config
+from rlplastic.config import ADAPTIVE, Config
 from rlplastic.envs import make_envs
 from rlplastic.envs.base import Observation, Step, VectorEnv, step
 from rlplastic.envs.episodes import EpisodeStatistics
 from rlplastic.errors import ConfigurationError, NonFiniteError, SegmentMissingError
 from rlplastic.evaluation import Evaluation
 from rlplastic.guards import Guard
+from rlplastic.pacing import Pacer
 from rlplastic.progress import Budget, MetricMeans, Progress, ReplayRatio, Stopwatch
 from rlplastic.replay import Holdout, Prioritisation, ReplayRing, Sampler
 from rlplastic.replay.memory import available_memory
@@ -79,6 +80,8 @@ class Session:
     """What the environments returned last."""
     uniform_until: int
     """Transitions collected with uniform random actions."""
+    pacer: Pacer | None = None
+    """What moves the replay ratio while the run goes on; None: it stays."""
     watcher: Watcher | None = None
     """The plasticity monitor; None: off."""
     final_evaluation: Evaluation | None = None
@@ -116,8 +119,7 @@ class Session:
 
     @property
     def _rebuild_every(self) -> int:
-        limit = self.envs.max_episode_steps or DEFAULT_TIME_LIMIT
-        return self.config.env.rebuild_every or TIME_LIMITS_BETWEEN_REBUILDS * limit
+        return self.config.env.rebuild_every or TIME_LIMITS_BETWEEN_REBUILDS * _time_limit(self.envs)
 
     @property
     def logged_action_bytes(self) -> int:
@@ -181,20 +183,21 @@ class Session:
         arrays = {f"episodes.{name}": torch.from_numpy(np.asarray(a)) for name, a in self.episodes.state_dict().items()}
         arrays |= {f"observation.{group}": torch.from_numpy(array) for group, array in self.observation.items()}
         documents = {"progress": asdict(self.progress), "logs": log_lengths, "finished": finished}
-        monitor: dict[str, dict[str, Tensor]] = {}
-        if self.watcher is not None:
-            documents["monitor"], monitor["monitor"] = self.watcher.state_dict()
         if self.final_evaluation is not None:
             documents["evaluation"] = {name: array.tolist() for name, array in vars(self.final_evaluation).items()}
+        tensors = {
+            "agent": self.agent.state_dict(),
+            "replay_head": self.replay.export_head(),
+            "loop": arrays | {f"metrics.{name}": tensor for name, tensor in self.metrics.state_dict().items()},
+        }
+        if self.watcher is not None:
+            documents["monitor"], tensors["monitor"] = self.watcher.state_dict()
+        if self.pacer is not None:
+            documents["pacer"], tensors["pacer"] = self.pacer.state_dict(), self.pacer.tensors()
         try:
             checkpoint = self.store.save(
                 self.progress.transitions,
-                tensors={
-                    "agent": self.agent.state_dict(),
-                    "replay_head": self.replay.export_head(),
-                    "loop": arrays | {f"metrics.{name}": tensor for name, tensor in self.metrics.state_dict().items()},
-                    **monitor,
-                },
+                tensors=tensors,
                 documents=documents,
                 new_segments=[segment],
                 kept_segments=[old.reference for old in kept],
@@ -238,6 +241,8 @@ class Session:
         loop = loaded.tensors("loop")
         self.episodes.load_state_dict({name: value.numpy() for name, value in part(loop, "episodes.").items()})
         self.metrics.load_state_dict(part(loop, "metrics."), self.agent.device)
+        if self.pacer is not None:
+            self.pacer.load_state_dict(loaded.documents["pacer"], loaded.tensors("pacer"))
         self.actions = [actions[index] for index in sorted(actions)]
         self._segments, self._saved_actions = tuple(segments), len(self.actions)
         saved = {group: value.numpy() for group, value in part(loop, "observation.").items()}
@@ -266,6 +271,11 @@ class Session:
         tell(f"this resume is not exact: {reason}; fresh episodes are started")
         self.rebuild()
         return f"fresh episodes, since {reason}"
+
+
+def _time_limit(envs: VectorEnv) -> int:
+    """Steps of a full episode."""
+    return envs.max_episode_steps or DEFAULT_TIME_LIMIT
 
 
 def _stacked(actions: list[NDArray[np.float32]], envs: VectorEnv) -> Tensor:
@@ -348,7 +358,7 @@ def _build(
     observation: Observation,
 ) -> Session:
     settings = config.replay
-    assert settings.minimum and config.replay_ratio
+    assert settings.minimum
     replay, sampler = _replay(config, envs)
     needed, there = (
         parameter_bytes(config, envs.observation_dims, envs.action_dim),
@@ -370,6 +380,10 @@ def _build(
     guard = Guard(directory.path, replay, progress)
     guard.check_observation(observation)
     replay.begin(observation)
+    pace, pacer = ReplayRatio(config.first_replay_ratio, minimum), None
+    if config.replay_ratio == ADAPTIVE:
+        assert isinstance(agent, FlashSAC | SAC)
+        pacer = Pacer(config, agent, replay, pace, _time_limit(envs))
     return Session(
         config=config,
         directory=directory,
@@ -381,7 +395,8 @@ def _build(
         episodes=EpisodeStatistics(envs.num_envs, envs.autoreset),
         guard=guard,
         budget=Budget(config.env_steps, config.max_minutes),
-        replay_ratio=ReplayRatio(config.replay_ratio, minimum),
+        replay_ratio=pace,
+        pacer=pacer,
         progress=progress,
         observation=observation,
         uniform_until=0 if "actor" in taken else minimum,
@@ -390,8 +405,8 @@ def _build(
 
 
 def planned_updates(config: Config) -> int | None:
-    """How many updates a resolved configuration asks for; None without a budget in steps."""
-    assert config.replay_ratio is not None and config.replay.minimum is not None, "resolve the configuration first"
+    """How many updates a resolved configuration asks for, as it begins; None without a budget in steps."""
+    assert config.replay.minimum is not None, "resolve the configuration first"
     if config.env_steps is None:
         return None
-    return config.priming_updates + int(config.replay_ratio * max(config.env_steps - config.replay.minimum, 0))
+    return config.priming_updates + int(config.first_replay_ratio * max(config.env_steps - config.replay.minimum, 0))

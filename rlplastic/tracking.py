@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlplastic.errors import ConfigurationError, LogWriteError
+from rlplastic.plasticity.replay_ratio import SIGNALS
 from rlplastic.run_directory import remedy
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 SECTIONS = {
     "env": "waiting for the simulator",
     "act": "choosing and sending actions",
-    "learn": "sampling batches and updating on them",
+    "learn": "sampling batches, updating on them, and measuring what decides the replay ratio",
     "store": "checking what came back and putting it into replay",
     "log": "writing logs",
     "evaluate": "evaluating the policy",
@@ -51,6 +52,8 @@ SCALARS: dict[str, str] = {
     "train/length": "Mean length of those episodes, in environment steps.",
     "train/budget_used": "Used fraction of the budget that is nearer to its end.",
     "train/replay_ratio": "Gradient updates per environment transition that the run is paced at.",
+    "train/updates_per_transition": "Gradient updates over environment transitions since the last point.",
+    "train/samples_per_transition": "The same times the batch size: how often a transition is trained on.",
     "eval/return_mean": "Mean undiscounted return of the deterministic policy over one evaluation's episodes.",
     "eval/return_ci95": "Half the width of the 95 % confidence interval of that mean.",
     "loss/critic": "Loss of the critics, mean over the ensemble and the batch (categorical: cross-entropy in nats).",
@@ -72,6 +75,9 @@ SCALARS: dict[str, str] = {
     "norm/critic_linear_rows": "Largest relative distance of a weight row of the critics from norm 1.",
     "norm/critic_batch_norm": "The same for the BatchNorm gains and shifts of the critics and their bound.",
     "norm/critic_rms_norm": "The same for the RMSNorm gains of the critics and their bound.",
+    "pace/move": "What replay_ratio=adaptive did at the end of a window: 1 up, 0 nothing, -1 down.",
+    "pace/worse": "By how much the worst signal is worse than its reference (plateau: how far the signal moved).",
+    **{f"pace/{name}": f"Signal {name} of the critic, if it decides the replay ratio." for name in SIGNALS},
     "speed/env_steps_per_s": "Environment transitions per second of training since the last point.",
     "speed/updates_per_s": "Gradient updates per second of training since the last point.",
     **{

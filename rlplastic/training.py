@@ -171,6 +171,8 @@ def _train(config: Config, choices: list[Choice], directory: RunDirectory, view:
                 f"{config.env.task} declares no time limit: an evaluation whose episodes never end stops the "
                 "run with an error; give it one, such as env.kwargs.max_episode_steps=1000"
             )
+        for name, reason in (session.pacer.uninformative if session.pacer else {}).items():
+            view.warn(f"adaptive.signal={name} says nothing on this critic ({reason}), and decides nonetheless")
         source = "a new run"
         if loaded is None and config.init_from is not None:
             source = f"a new run from {initialise(session, config.init_from, config.init_what)}"
@@ -270,7 +272,7 @@ def expected_peak(session: Session) -> int:
 def describe(session: Session, choices: Iterable[Choice]) -> list[tuple[str, str, str]]:
     """The start-up banner: what was decided, and why."""
     config, envs, replay = session.config, session.envs, session.replay
-    assert config.replay.batch_size and config.replay_ratio and config.replay.capacity
+    assert config.replay.batch_size and config.replay.capacity
     queues = 1 if replay.holdout is None else 2
     row = memory.bytes_per_transition(replay.layout, queues)
     total = memory.memory_bytes(config.replay.capacity, envs.num_envs, replay.layout, queues, config.replay.prioritised)
@@ -305,8 +307,9 @@ def describe(session: Session, choices: Iterable[Choice]) -> list[tuple[str, str
         ),
         (
             "samples per transition",
-            f"{config.replay_ratio * config.replay.batch_size:g}",
-            f"replay ratio {config.replay_ratio:g} x batch {config.replay.batch_size}",
+            f"{config.first_replay_ratio * config.replay.batch_size:g}",
+            f"{'at first: ' if session.pacer else ''}replay ratio {config.first_replay_ratio:g} x batch "
+            f"{config.replay.batch_size}",
         ),
         *((choice.what, choice.value, choice.reason) for choice in choices),
     ]

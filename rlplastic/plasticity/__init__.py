@@ -6,7 +6,7 @@ it; both work on a `patient.Patient`. Everything here knows modules, optimizers 
 """
 
 from rlplastic.plasticity.activations import Layer, ModuleReader, untouched
-from rlplastic.plasticity.measure import Past, Subject, measure, uninformative
+from rlplastic.plasticity.measure import Past, Subject, gradient_dormancy, measure, uninformative
 from rlplastic.plasticity.profile import BOUNDED, PLAIN, Profile
 from rlplastic.plasticity.weights import snapshot
 
@@ -18,6 +18,7 @@ __all__ = [
     "Past",
     "Profile",
     "Subject",
+    "gradient_dormancy",
     "measure",
     "snapshot",
     "uninformative",
