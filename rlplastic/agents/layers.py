@@ -114,6 +114,22 @@ class ResidualBlock(nn.Module):
         return x + added
 
 
+class RowNormBlock(nn.Module):
+    """`ResidualBlock` with RMSNorm, which sees one row at a time: for rows that must not share statistics."""
+
+    def __init__(self, width: int, members: int | None = None) -> None:
+        super().__init__()
+        self.expand = UnitLinear(width, 4 * width, members)
+        self.expand_norm = RMSNorm(4 * width, members)
+        self.contract = UnitLinear(4 * width, width, members)
+        self.contract_norm = RMSNorm(width, members)
+
+    def forward(self, x: Tensor, bf16: bool = False) -> Tensor:
+        """(..., H, B) to (..., H, B)."""
+        hidden = torch.relu(self.expand_norm(self.expand(x, bf16).to(x.dtype)))
+        return x + torch.relu(self.contract_norm(self.contract(hidden, bf16).to(x.dtype)))
+
+
 class Trunk(nn.Module):
     """Everything but the head: batch norm on the raw input, embedding, residual blocks, RMSNorm."""
 
