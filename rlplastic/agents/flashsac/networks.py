@@ -89,8 +89,9 @@ class VelocityField(nn.Module):
         Batch statistics are those of all that is given, and the velocity is that at ``rows`` of it: B pairs that all
         noises share, or with ``noises`` m B pairs, those of the first noise first.
         """
-        x = self.input_norm(torch.cat((observation.mT, action.mT)), batch_statistics)
-        context = self.embed(x[..., rows], bf16).to(x.dtype)
+        between = torch.bfloat16 if bf16 else observation.dtype
+        x = self.input_norm(torch.cat((observation.mT, action.mT)), batch_statistics, dtype=between)
+        context = self.embed(x[..., rows], bf16).to(observation.dtype)
         return partial(self, torch.unflatten(context, -1, (noises, -1)), bf16=bf16)
 
     def forward(self, context: Tensor, z: Tensor, time: Tensor, bf16: bool = False) -> Tensor:
