@@ -72,7 +72,7 @@ def test_a_setting_of_another_agent_is_refused_with_the_agent_that_has_it(overri
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["critic=flow", "critic.noise=loud"], "critic.noise='loud' is not a choice; did you mean"),
+        (["critic=flow", "critic.noise=loud"], "critic.noise='loud' is not a choice; valid names: bank, fresh"),
         (["critic=flow", "critic.coverage=2"], "critic.coverage=2.0 is out of range; expected at most 1"),
         (["critic=flow", "critic.steps=0"], "critic.steps=0 is out of range"),
         (["agent=sac", "precision=bf16"], "precision=bf16 does not go with agent=sac"),

@@ -138,19 +138,22 @@ class FlowCritic(nn.Module):
         return over_members(self.trajectory(velocity, self.bank, 1)[-1].mean(-2), self.settings.actor_members)
 
     def trajectory(self, output: Velocity, source: Tensor, steps: int | None = None) -> list[Tensor]:
-        """z at times 0, 1/K, …, 1 from ``source``; K is ``steps``, or the setting.
-
-        With ``prediction=endpoint`` the outputs are ends z_1 of the path and (z_1 - z) / (1 - t) is the velocity.
-        """
+        """z at times 0, 1/K, …, 1 from ``source``; K is ``steps``, or the setting."""
         steps = steps or self.settings.steps
         points = [source]
         for step in range(steps):
-            z, time = points[-1], source.new_full((1, 1), step / steps)
-            moved = output(z, time)
-            if self.settings.prediction == "endpoint":
-                moved = (moved - z) / (1 - step / steps)
-            points.append(z + moved / steps)
+            points.append(self.euler_step(output, points[-1], step, steps))
         return points
+
+    def euler_step(self, output: Velocity, z: Tensor, step: int, steps: int) -> Tensor:
+        """From z at time step/steps to z one step later.
+
+        With ``prediction=endpoint`` outputs are ends z_1 of the path, and (z_1 - z) / (1 - t) is the velocity.
+        """
+        moved = output(z, z.new_full((1, 1), step / steps))
+        if self.settings.prediction == "endpoint":
+            moved = (moved - z) / (1 - step / steps)
+        return z + moved / steps
 
     def losses(self, output: Velocity, source: Tensor, time: Tensor, target: Tensor) -> Tensor:
         """Squared errors (members, B) on the straight paths from ``source`` to ``target`` (B,), mean over noises."""

@@ -309,7 +309,8 @@ def test_the_field_learns_from_its_velocities_alone_and_members_learn_nothing_of
 
 def test_at_time_zero_with_one_step_a_flow_is_the_monolithic_critic() -> None:
     """z = 0 and t = 0 are constants, which a scalar critic has in its first bias."""
-    agent = doubled(agent_of("sac", seed=1, steps=1, noises=1, reading="one_step", target_members="min"))
+    single = {"steps": 1, "noises": 1, "reading": "one_step", "target_members": "min"}
+    agent = doubled(agent_of("sac", seed=1, support=1000.0, **single))  # so wide that no target is clipped
     learner, inputs = agent.learner, inputs_of(weights=True)
     action = torch.randn(1, ROWS, ACTIONS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     zero = torch.zeros(1, ROWS, dtype=torch.float64)
@@ -328,7 +329,6 @@ def test_at_time_zero_with_one_step_a_flow_is_the_monolithic_critic() -> None:
         return scalar
 
     critics = monolithic(learner.critic), monolithic(learner.target_critic)
-    inputs = replace(inputs, reward=inputs.reward / 10)  # no target is clipped
     flow_loss, told = loss_of(agent, inputs, FlowNoise(action, zero, zero, zero, zero))
     loss, expected = sac_update.critic_loss(learner.actor, *critics, learner.alpha(), inputs, action[0])
     assert float(told["value/target_clipped"]) == 0
@@ -441,7 +441,7 @@ def test_values_of_a_small_markov_chain_converge_to_the_closed_form(name: str, n
     states = torch.eye(5)
     critic = FlowCriticConfig(steps=number, noises=4)
     common: dict[str, Any] = {"critic_width": 32, "actor_width": 8, "gamma": 0.9, "backup_entropy": False}
-    common |= {"actor_every": 10**6, "target_rate": 0.05}
+    common |= {"actor_every": 10**6, "target_rate": 0.05, "learning_rate": 1e-3, "final_learning_rate": 1e-4}
     agent: Agent
     if name == "flashsac":
         agent = FlashSAC({"policy": 5}, 1, 1, FlashSACConfig(**common), critic)
@@ -449,13 +449,13 @@ def test_values_of_a_small_markov_chain_converge_to_the_closed_form(name: str, n
         agent = SAC({"policy": 5}, 1, 1, SACConfig(**common, layer_norm=True), critic)
     rows = torch.arange(5).repeat(8)
     rng = torch.Generator().manual_seed(0)
-    for index in range(1500):
+    for index in range(1000):
         action = torch.rand(len(rows), 1, generator=rng) * 2 - 1
         here, there = {"policy": states[rows]}, {"policy": states[following[rows]]}
-        agent.update(Batch(here, action, reward[rows], discount[rows], there, rows), index / 1500)
+        agent.update(Batch(here, action, reward[rows], discount[rows], there, rows), index / 1000)
     modes = (False,) if name == "flashsac" else ()
     with torch.no_grad():
         read = agent.learner.critic(states[rows], action, *modes).mean(0).view(8, 5).mean(0)
         climbed = agent.learner.critic.value(states[rows], action, *modes).view(8, 5).mean(0)
-    torch.testing.assert_close(read, expected, rtol=0, atol=0.1)
-    torch.testing.assert_close(climbed, expected, rtol=0, atol=0.15)
+    torch.testing.assert_close(read, expected, rtol=0, atol=0.08)
+    torch.testing.assert_close(climbed, expected, rtol=0, atol=0.08)
