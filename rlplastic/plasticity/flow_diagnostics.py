@@ -1,7 +1,7 @@
 """What a flow-matching critic does with its steps: four diagnostics of "What does flow matching bring to TD learning?".
 
-The paper (arXiv 2603.04333) explains flow critics by *recovery*, later Euler steps that repair errors of earlier ones, and
-by features that stay *plastic* since they were trained at all times of a path. Each is a function of callables and
+The paper (arXiv 2603.04333) explains flow critics by *recovery*, later Euler steps that repair errors of earlier ones,
+and by features that stay *plastic* since they were trained at all times of a path. Each is a function of callables and
 tensors here:
 
 1. `value_errors` after each step, and `recovery` where an old copy took the first steps;
@@ -16,16 +16,16 @@ z has shape (members, noises, rows), or what broadcasts to it, as in the critic 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from rlplastic.errors import ConfigurationError
 from rlplastic.plasticity.activations import Layer
-from rlplastic.plasticity.units import wide
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,8 +42,8 @@ def value_errors(points: Sequence[Tensor], returns: Tensor) -> Tensor:
         points: z after 0, 1, …, K steps; the value is their mean over noises.
         returns: Monte-Carlo returns (rows,) of the same states and actions.
     """
-    values = [wide(z).mean(-2) for z in points[1:]]
-    return torch.stack([(value - wide(returns)).abs().mean() for value in values])
+    values = [z.double().mean(-2) for z in points[1:]]
+    return torch.stack([(value - returns.double()).abs().mean() for value in values])
 
 
 @torch.no_grad()
@@ -91,9 +91,7 @@ def feature_plasticity(
     for name in trainable:
         own = [p for entry, p in learner.named_parameters() if f"{entry}.".startswith(f"{name}.")]
         if not own:
-            raise ConfigurationError(
-                f"no parameter lies below {name!r}; expected names of modules, as in named_modules"
-            )
+            raise ConfigurationError(f"no parameter lies below {name!r}; expected names of its modules")
         for parameter in own:
             parameter.requires_grad_(True)
     optimizer = torch.optim.Adam([p for p in learner.parameters() if p.requires_grad], lr=rate)
@@ -106,7 +104,7 @@ def feature_plasticity(
         losses.append(value.detach())
     with torch.no_grad():
         losses.append(loss(learner, updates))
-    return wide(torch.stack(losses))
+    return torch.stack(losses).double()
 
 
 def target_noise(
@@ -143,13 +141,15 @@ def feature_norms(read: Callable[[float], Mapping[str, Layer]], times: Sequence[
         times: in [0, 1].
     """
     found = [read(time) for time in times]
-    return {name: torch.stack([wide(layers[name].values).norm(dim=-1).mean() for layers in found]) for name in found[0]}
+    return {
+        name: torch.stack([layers[name].values.double().norm(dim=-1).mean() for layers in found]) for name in found[0]
+    }
 
 
 @torch.no_grad()
 def endpoint_variance(ends: Tensor) -> Tensor:
     """Variance of the end points over noises, mean over rows: (members,) of (members, noises, rows), float64."""
-    return wide(ends).var(-2, correction=0).mean(-1)
+    return ends.double().var(-2, correction=0).mean(-1)
 
 
 @torch.no_grad()
@@ -160,7 +160,7 @@ def path_curvature(points: Sequence[Tensor]) -> Tensor:
         points: z after 0, 1, …, K steps, whose differences times K are the velocities.
     """
     steps = len(points) - 1
-    velocities = [(wide(after) - wide(before)) * steps for before, after in zip(points, points[1:], strict=False)]
+    velocities = [(after.double() - before.double()) * steps for before, after in itertools.pairwise(points)]
     return torch.stack([(velocity - velocities[0]).abs().mean() for velocity in velocities])
 
 
@@ -168,8 +168,8 @@ def path_curvature(points: Sequence[Tensor]) -> Tensor:
 class FlowReport:
     """Results to draw; those that are None are left out.
 
-    value_errors and recovery: as the functions give them; plasticity and noise: by the critic's name; magnitudes: of the
-    noise; norms: by layer; curvature: as `path_curvature` gives it.
+    value_errors, recovery and curvature: as the functions give them; plasticity and noise: by the critic's name;
+    magnitudes: of the noise; norms: by layer, at times k/K for k = 0..K-1.
     """
 
     value_errors: Tensor | None = None
@@ -204,29 +204,30 @@ def figure(report: FlowReport) -> Figure:
     return drawn
 
 
-Panel = tuple[str, str, str, dict[str, tuple[Sequence[float], Any]]]
+Lines = dict[str, tuple[Sequence[float], Tensor]]
+"""x and y of each, by name."""
+Panel = tuple[str, str, str, Lines]
 """Title, labels of the axes, and lines by name."""
 
 
 def _panels(report: FlowReport) -> list[Panel]:
     panels: list[Panel] = []
-    errors = {}
+    errors: Lines = {}
     if report.value_errors is not None:
-        errors["after k steps"] = (range(1, len(report.value_errors) + 1), report.value_errors)
+        errors["after k steps"] = range(1, len(report.value_errors) + 1), report.value_errors
     if report.recovery is not None:
-        errors["first k by an old copy"] = (range(len(report.recovery)), report.recovery)
+        errors["first k by an old copy"] = range(len(report.recovery)), report.recovery
     if errors:
         panels.append(("recovery", "k", "error of the value", errors))
     if report.plasticity is not None:
-        lines = {name: (range(len(losses)), losses) for name, losses in report.plasticity.items()}
-        panels.append(("features frozen", "update of the head", "loss", lines))
+        losses: Lines = {name: (range(len(curve)), curve) for name, curve in report.plasticity.items()}
+        panels.append(("features frozen", "update of the head", "loss", losses))
     if report.noise is not None:
-        lines = {name: (report.magnitudes, losses) for name, losses in report.noise.items()}
-        panels.append(("noise in targets", "M", "error of the value", lines))
-    by_time: dict[str, tuple[Sequence[float], Any]] = {}
+        costs: Lines = {name: (report.magnitudes, curve) for name, curve in report.noise.items()}
+        panels.append(("noise in targets", "M", "error of the value", costs))
     if report.norms is not None:
-        by_time |= {name: (_times(norms), norms) for name, norms in report.norms.items()}
-        panels.append(("norms of features", "t", "mean norm", by_time))
+        norms: Lines = {name: (_times(curve), curve) for name, curve in report.norms.items()}
+        panels.append(("norms of features", "t", "mean norm", norms))
     if report.curvature is not None:
         panels.append(("curvature", "t", "E|v(t) - v(0)|", {"": (_times(report.curvature), report.curvature)}))
     return panels
