@@ -63,9 +63,8 @@ def test_a_field_that_aims_repairs_all_but_its_last_step_and_one_that_does_not_r
 def test_curvature_is_the_mean_change_of_the_velocity_and_straight_paths_have_none() -> None:
     slopes = torch.tensor([1.0, -2.0, 4.0])
     found = diagnostics.path_curvature(path(lambda z, index: z + (0.7 + slopes * index / STEPS) / STEPS))
-    torch.testing.assert_close(
-        found, (slopes.abs().mean() * torch.arange(STEPS) / STEPS).double(), rtol=1e-5, atol=1e-6
-    )
+    expected = slopes.abs().mean() * torch.arange(STEPS) / STEPS
+    torch.testing.assert_close(found, expected.double(), rtol=1e-5, atol=1e-6)
     assert float(diagnostics.path_curvature(path(straight)).max()) < 1e-6
 
 
@@ -87,7 +86,7 @@ def test_a_head_on_frozen_features_gets_to_the_least_squares_loss_and_no_further
     found = diagnostics.feature_plasticity(net, loss, ["2"], updates=1500, rate=0.02)
     features = np.concatenate((net[:2](x).detach().numpy(), np.ones((40, 1))), 1).astype(float)
     _, residual, _, _ = np.linalg.lstsq(features, y.numpy().astype(float), rcond=None)
-    assert found.shape == (1501,) and float(found[0]) == pytest.approx(float(loss(net, 0)))
+    assert found.shape == (1501,) and float(found[0]) == pytest.approx(float(loss(net, 0).detach()))
     assert float(found[-1]) == pytest.approx(float(residual[0]) / 40, rel=1e-3)
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     assert all(parameter.requires_grad for parameter in net.parameters())
