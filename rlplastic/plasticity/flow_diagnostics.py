@@ -140,10 +140,8 @@ def feature_norms(read: Callable[[float], Mapping[str, Layer]], times: Sequence[
         read: hidden layers at a time in [0, 1], such as a `rlplastic.plasticity.activations.ModuleReader`.
         times: in [0, 1].
     """
-    found = [read(time) for time in times]
-    return {
-        name: torch.stack([layers[name].values.double().norm(dim=-1).mean() for layers in found]) for name in found[0]
-    }
+    norms = [{name: layer.values.double().norm(dim=-1).mean() for name, layer in read(time).items()} for time in times]
+    return {name: torch.stack([at_time[name] for at_time in norms]) for name in norms[0]}
 
 
 @torch.no_grad()
