@@ -119,10 +119,12 @@ def flow_critic_loss(
     losses = critic.losses(field, noise.source, noise.time, target)
     with torch.no_grad():
         read = critic.trajectory(field, noise.reading)[-1].mean(1)
-    if critic.distilled is not None:
-        distilled = critic.distilled(observations[: 2 * rows], actions[: 2 * rows], True, bf16)[:, here]
-        losses = losses + (distilled - read).square()
-    return steps.value_loss(losses, target_mean, read, bonus, critic.support, inputs.weight)
+    if critic.distilled is None:
+        return steps.value_loss(losses, target_mean, read, bonus, critic.support, inputs.weight)
+    distilled = critic.distilled(observations[: 2 * rows], actions[: 2 * rows], True, bf16)[:, here]
+    distances = (distilled - read).square()
+    loss, metrics = steps.value_loss(losses + distances, target_mean, read, bonus, critic.support, inputs.weight)
+    return loss, metrics | {"loss/distilled": distances.detach().mean()}
 
 
 def target_entropy(action_dim: int, std: float) -> float:
