@@ -57,6 +57,7 @@ SCALARS: dict[str, str] = {
     "eval/return_mean": "Mean undiscounted return of the deterministic policy over one evaluation's episodes.",
     "eval/return_ci95": "Half the width of the 95 % confidence interval of that mean.",
     "loss/critic": "Loss of the critics, mean over the ensemble and the batch (categorical: cross-entropy in nats).",
+    "loss/distilled": "Mean squared distance of the distilled critics from the flow that they are regressed onto.",
     "loss/actor": "alpha * log pi - Q, mean over the batch, in units of the scaled return.",
     "loss/temperature": "Loss of the entropy temperature; its sign says which way alpha moves.",
     "policy/entropy": "Estimated entropy of the squashed policy, in nats, all action dimensions together.",
