@@ -59,11 +59,14 @@ def with_loss(patient: Patient) -> Patient:
 # Whole tensors
 
 
-def test_a_full_reset_is_the_fresh_network_and_its_target_a_copy() -> None:
+def test_a_full_reset_is_the_fresh_network_and_its_target_a_copy_buffers_included() -> None:
     patient = bare_patient(target=True)
+    assert patient.target is not None
+    for module, scale in ((patient.module, 1.0), (patient.target, 2.0)):
+        module.register_buffer("scale", torch.tensor(scale))
     train(patient, 3)
     full_reset(patient, 7)
-    assert patient.target is not None
+    assert patient.target.get_buffer("scale") == 1
     for name, value in weights(mlp(7)).items():
         assert torch.equal(weights(patient.module)[name], value)
         assert torch.equal(weights(patient.target)[name], value)
