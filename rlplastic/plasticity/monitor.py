@@ -158,8 +158,8 @@ def probe(patients: Mapping[str, Patient], key: int, rules: Rules) -> dict[str, 
 def is_ill(found: Probe, rules: Rules) -> bool:
     """Whether a member learns too slowly; one that met a NaN counts as ill.
 
-    By ratio and by area: where both networks learn nearly all at once, as categorical critics do, the ratio of two small
-    areas says nothing.
+    By ratio and by area: where both networks learn nearly all at once, as categorical critics do, the ratio of two
+    small areas says nothing.
     """
     areas = zip(found.members, found.areas, found.fresh_areas, strict=True)
     return any(not (ratio <= rules.ill or area - fresh <= rules.ill_gap) for ratio, area, fresh in areas)
