@@ -30,13 +30,6 @@ PROBING = ["monitor=full", "monitor.probe_steps=5", "monitor.budget=100"]
 ILL = ["monitor.ill=0.001", "monitor.ill_gap=-2"]
 FORBIDDEN = [*PROBING, *ILL, "monitor.max_interventions=0"]
 TREATING = [*PROBING, *ILL, "monitor.healthy=1000", "monitor.value_margin=1000", "monitor.rank_margin=2"]
-    *PROBING,
-    "monitor.ill=0.001",
-    "monitor.ill_gap=-2",
-    "monitor.healthy=1000",
-    "monitor.value_margin=1000",
-    "monitor.rank_margin=2",
-]
 """Every network is ill, and every branch is good enough."""
 RUN = [override for override in SMALL if override != "monitor=off"]
 AGENTS = {"flashsac": [], "sac": ["agent=sac"]}
