@@ -257,5 +257,8 @@ def hidden_layers(
 def keyed(module: nn.Module, key: int) -> Iterator[None]:
     """Buffers, modes and random states of ``module`` are put back at the end; inside, torch's draws are ``key``'s."""
     with untouched(module):
-        torch.manual_seed(key)
+        torch.default_generator.manual_seed(key)
+        for device in {p.device for p in module.parameters() if p.device.type == "cuda"}:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(key)
         yield

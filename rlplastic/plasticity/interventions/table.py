@@ -28,6 +28,7 @@ _MEMORY_ONLY = "only the optimizer's memory changes"
 _NO_DRAW = "draws nothing"
 _OUTPUT_STAYS = "the policy stays what it was"
 _AVERAGE = "the target is an average itself"
+_NEAR = "an average of recent policies is near the newest"
 _EVERY_UPDATE = "acts in every update; the run's checkpoints are the way back"
 _STEP = "part of every update, which the target follows and statistics track"
 _TERM = "a term of the loss: the optimizer makes the edit, as in any update"
@@ -57,7 +58,7 @@ TABLE: dict[str, dict[str, str]] = {
     "regrama": {"alpha": _OUTPUT_STAYS},
     "redo": {"alpha": _OUTPUT_STAYS},
     "continual_backprop": {"alpha": _OUTPUT_STAYS, "rollback": _EVERY_UPDATE},
-    "hare_and_tortoise": {"target": _AVERAGE, "alpha": _OUTPUT_STAYS, "randomness": _NO_DRAW},
+    "hare_and_tortoise": {"target": _AVERAGE, "alpha": _NEAR, "randomness": _NO_DRAW},
     "last_layer_reset": {},
     "shrink_and_perturb": {},
     "full_reset": {},
