@@ -22,7 +22,7 @@ MISTAKES = [
     ("agent.gama=0.9", "did you mean 'agent.gamma'"),
     ("env=humanod", "env=humanod is not a choice of env; did you mean 'humanoid'"),
     ("agent=ppo", "agent=ppo is not a choice of agent; valid names: flashsac, sac"),
-    ("monitor=full", "monitor=full is not a choice of monitor"),
+    ("monitor=act", "monitor=act is not a choice of monitor"),
     ("preset=paper", "did you mean 'paper_"),
     ("seed=abc", "seed=abc was refused"),
     ("env.num_envs=2.5", "env.num_envs=2.5 was refused"),

@@ -104,6 +104,12 @@ def test_the_slowest_member_decides_and_nan_counts_as_ill() -> None:
     assert is_ill(probed(0.7, math.nan), RULES)
 
 
+def test_the_ratio_of_two_small_areas_is_no_illness() -> None:
+    """As FlashSAC's critic measured, which must be left alone, and plain SAC's, which was ill."""
+    assert not is_ill(Probe((2.2,), (0.117,), (0.053,), (0, 1, 1, 1), 2), RULES)
+    assert is_ill(Probe((2.3,), (0.275,), (0.12,), (0, 1, 1, 1), 2), RULES)
+
+
 def test_a_dead_critic_is_ill_and_a_fresh_one_is_not() -> None:
     found = probe({"healthy": patient_of(), "ill": patient_of(dead=True)}, 1, RULES)
     assert found["healthy"].worst < 1.2
