@@ -28,7 +28,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlplastic.errors import ConfigurationError, LogWriteError
-from rlplastic.plasticity.replay_ratio import SIGNALS
 from rlplastic.run_directory import remedy
 
 if TYPE_CHECKING:
@@ -78,7 +77,6 @@ SCALARS: dict[str, str] = {
     "norm/critic_rms_norm": "The same for the RMSNorm gains of the critics and their bound.",
     "pace/move": "What replay_ratio=adaptive did at the end of a window: 1 up, 0 nothing, -1 down.",
     "pace/worse": "By how much the worst signal is worse than its reference (plateau: how far the signal moved).",
-    **{f"pace/{name}": f"Signal {name} of the critic, if it decides the replay ratio." for name in SIGNALS},
     "speed/env_steps_per_s": "Environment transitions per second of training since the last point.",
     "speed/updates_per_s": "Gradient updates per second of training since the last point.",
     **{
