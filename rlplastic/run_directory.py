@@ -201,16 +201,16 @@ def default_name(env: str, agent: str, seed: int, overrides: Collection[str]) ->
     return f"{clean[: MAX_NAME - 9]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file by ``text`` (UTF-8), flushed to the disk: readers see the old or the new text, whole.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace the file by ``content`` (text as UTF-8), flushed to the disk: readers see the old or the new one, whole.
 
     Raises:
         OSError: the disk is full or a permission is missing; the old file is untouched.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
