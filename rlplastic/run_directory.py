@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from rlplastic.command_line import flatten
+from rlplastic.command_line import flatten, within
 from rlplastic.errors import ConfigurationError
 
 LOG_PATTERNS = ("eval.csv", "*.jsonl", "*tfevents*")
@@ -369,11 +369,7 @@ def _refuse_other_run(path: Path, config: Mapping[str, Any], ignore: Collection[
     different = [
         f"{key}: {old.get(key, missing)} -> {new.get(key, missing)}"
         for key in sorted({*old, *new})
-        if old.get(key, missing) != new.get(key, missing) and not _covered(key, ignore)
+        if old.get(key, missing) != new.get(key, missing) and not within(key, ignore)
     ]
     if different:
         raise ConfigurationError(f"{path} holds a run of another configuration ({'; '.join(different)}); {offer}")
-
-
-def _covered(key: str, ignore: Collection[str]) -> bool:
-    return any(key == entry or key.startswith(f"{entry}.") for entry in ignore)

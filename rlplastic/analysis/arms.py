@@ -15,12 +15,11 @@ import numpy as np
 
 from rlplastic.analysis.runs import Run, Warn
 from rlplastic.analysis.statistics import Floats, bootstrap_interval, curve_area, interquartile_mean, mean
+from rlplastic.command_line import within
+from rlplastic.config import HANDLING
 
-NO_DIFFERENCE = (
-    *("seed", "name", "runs", "fresh", "resume", "accept_machine", "profile"),
-    *("evaluation", "checkpoint", "tracking", "threads", "env.threads"),
-)
-"""Settings, or sections, that do not make an arm a different one: how runs are named, watched and kept."""
+NO_DIFFERENCE = ("seed", "threads", "env.threads", *HANDLING)
+"""Settings, or sections, in which the runs of one arm may differ."""
 TELLING = ("agent.name", "critic.kind", "monitor.mode", "preset.name", "replay_ratio")
 """Settings that name an arm if they can, in this order; others follow by name."""
 
@@ -134,11 +133,7 @@ def normalised(arms: Sequence[Arm]) -> dict[str, list[Floats]]:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    return {
-        key: value
-        for key, value in run.config.items()
-        if not any(key == entry or key.startswith(f"{entry}.") for entry in NO_DIFFERENCE)
-    }
+    return {key: value for key, value in run.config.items() if not within(key, NO_DIFFERENCE)}
 
 
 def _distinguishing(settings: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> list[str]:

@@ -227,14 +227,33 @@ def _scalars(path: Path, warn: Warn) -> dict[str, Curve]:
         try:
             for tag, step, value in _events(file):
                 points.setdefault(tag, []).append((step, value))
-        except Exception as error:  # of the protocol buffers' reader, which has several
-            warn(f"{file} is damaged, and what follows in it is left out ({' '.join(str(error).split())[:120]})")
+        except ValueError as error:
+            warn(f"{file} is damaged, and what follows there is left out ({error})")
     return {tag: (columns[0], columns[1]) for tag, pairs in points.items() for columns in [np.array(pairs, float).T]}
 
 
 def _events(file: Path) -> Iterator[tuple[str, int, float]]:
-    loader = import_module("tensorboard.backend.event_processing.event_file_loader")
-    for event in loader.LegacyEventFileLoader(str(file)).Load():
+    """Tag, step and value of every scalar in a file of records: length, its CRC, content, its CRC.
+
+    TensorBoard's own reader ends at a damaged record and does not tell. An incomplete last one is being written.
+
+    Raises:
+        ValueError: a record is damaged.
+    """
+    protocol = import_module("tensorboard.compat.proto.event_pb2")
+    crc = import_module("tensorboard.compat.tensorflow_stub.pywrap_tensorflow").masked_crc32c
+    content, begin = file.read_bytes(), 0
+    while begin + 12 <= len(content):
+        header = content[begin : begin + 8]
+        first, last = begin + 12, begin + 12 + int.from_bytes(header, "little")
+        if crc(header) != int.from_bytes(content[begin + 8 : first], "little"):
+            raise ValueError(f"byte {begin:,} begins no record")
+        if last + 4 > len(content):
+            return
+        if crc(content[first:last]) != int.from_bytes(content[last : last + 4], "little"):
+            raise ValueError(f"the record at byte {begin:,} has another checksum")
+        event = protocol.Event.FromString(content[first:last])
         for value in event.summary.value:
             if value.HasField("simple_value"):
                 yield value.tag, event.step, value.simple_value
+        begin = last + 4

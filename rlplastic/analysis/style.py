@@ -106,6 +106,8 @@ def save(figure: Figure, folder: Path, name: str) -> str:
     Raises:
         OSError: a file cannot be written.
     """
+    figure.draw_without_rendering()  # lays it out, which takes longest, once and not for every file
+    figure.set_layout_engine("none")
     picture, drawing = io.BytesIO(), io.StringIO()
     figure.savefig(picture, format="png", dpi=144, facecolor="white", metadata={"Software": None})
     figure.savefig(drawing, format="svg", metadata={"Date": None, "Creator": None})
