@@ -64,19 +64,21 @@ def measurements() -> list[dict[str, Any]]:
     names = ("critic/all/effective_rank", "critic/all/dormant", "actor/all/weight_norm", "critic/trunk/dormant")
     return [
         {
-            "kind": "measurement",
+            "event": "measurement",
             "step": step,
             "updates": step // 2,
             "values": {f"plasticity/{name}": step / 100 + place for place, name in enumerate(names)},
+            "fresh": {"plasticity/critic/all/effective_rank": 40.0},
         }
         for step in STEPS
     ]
 
 
 def decisions() -> list[dict[str, Any]]:
-    probe = {"plasticity/critic/probe_ratio": 1.8}
-    return [
-        {"kind": "alarm", "step": 2000, "updates": 1000, "values": {}, "text": "the rank of the critic fell"},
-        {"kind": "probe", "step": 2000, "updates": 1000, "values": probe, "text": "80 % slower than a fresh network"},
-        {"kind": "decision", "step": 2500, "updates": 1250, "values": {"x": None}, "text": "reset <kept> & verified"},
+    lines = [
+        {"event": "alarm", "step": 2000, "sentence": "the rank of the critic fell"},
+        {"event": "probe", "step": 2000, "patient": "critic", "ratio": 1.8, "sentence": "80 % more slowly"},
+        {"event": "probe", "step": 3000, "patient": "critic", "ratio": None, "sentence": "not finite"},
+        {"event": "committed", "step": 2500, "sentence": "reset <kept> & verified"},
     ]
+    return [{**line, "updates": 1000} for line in lines]

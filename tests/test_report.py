@@ -101,7 +101,7 @@ def test_words_from_outside_are_text_and_no_markup(tmp_path: Path) -> None:
     made_run(
         tmp_path / name,
         settings={"env.task": "<i>Task</i>"},
-        records=[{"kind": "decision", "step": 1, "updates": 1, "text": "<script>alert(1)</script>"}],
+        records=[{"event": "kept", "step": 1, "updates": 1, "sentence": "<script>alert(1)</script>"}],
     )
     page = (written(tmp_path, tmp_path / "out") / "index.html").read_text()
     assert "<script>alert" not in page and "<i>Task" not in page and "<b>run" not in page

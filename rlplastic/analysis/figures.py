@@ -6,6 +6,7 @@ stratified-bootstrap intervals (arXiv 2108.13264). One colour is one arm on the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from rlplastic.analysis.statistics import (
     Curve,
     Floats,
     above,
+    as_curve,
     bootstrap_interval,
     common_grid,
     interquartile_mean,
@@ -59,9 +61,17 @@ INFORMATIVE = (
 )
 """Metrics of plasticity that come first, by the ends of their names."""
 MOST_METRICS = 12
-PROBE = "probe_ratio"
-EVENTS = {"decision": ("v", "decision"), "alarm": ("|", "alarm"), "probe": (".", "probe")}
-"""Kinds of the monitor's records that are marked above a panel: marker and name."""
+EVENTS = {
+    "alarm": ("|", "alarm"),
+    "probe": (".", "probe"),
+    "committed": ("v", "intervention"),
+    "scheduled": ("v", "intervention"),
+    "taken_back": ("^", "taken back"),
+    "dropped": ("x", "branch dropped"),
+}
+"""The monitor's events that are marked above a panel: marker and name."""
+CHANGES = ("committed", "scheduled", "taken_back")
+"""Those that changed the network: a line through the panel, too."""
 SPENT = {
     "update": ("updating networks", "#0b4f7d"),
     "learn": ("learning", "#0b4f7d"),
@@ -139,25 +149,30 @@ def scalars(arms: Sequence[Arm], colours: Colours, tags: Mapping[str, tuple[str,
 def plasticity(arms: Sequence[Arm], colours: Colours) -> Figure | None:
     """What the monitor measured over transitions, and when it did something; None if it measured nothing."""
     curves = {id(run): _measured(run) for arm in arms for run in arm.runs}
-    names = sorted({name for measured in curves.values() for name in measured}, key=_importance)[:MOST_METRICS]
+    names = sorted({name for measured, _ in curves.values() for name in measured}, key=_importance)[:MOST_METRICS]
     if not names:
         return None
     figure, panels = _multiples(len(names))
-    kinds: set[str] = set()
     for panel, name in zip(panels, names, strict=True):
         for arm in arms:
-            having = [run for run in arm.runs if name in curves[id(run)]]
-            _draw(panel, [curves[id(run)][name] for run in having], colours[arm.label])
-            kinds |= {kind for run in arm.runs for kind in _mark(panel, run, colours[arm.label]["color"])}
-        if name.endswith(PROBE):
-            panel.axhline(1.0, color=style.INK, linewidth=0.8, linestyle=":")
-        panel.set_title(name.replace("_", " "), pad=12)
-    marks = [
-        Line2D([], [], color=style.INK, marker=marker, linestyle="none", label=told)
-        for kind, (marker, told) in EVENTS.items()
-        if kind in kinds
+            pairs = [curves[id(run)] for run in arm.runs]
+            measured, fresh = ([each[i][name] for each in pairs if name in each[i]] for i in (0, 1))
+            _draw(panel, measured, colours[arm.label])
+            for run in arm.runs:
+                _mark(panel, run, colours[arm.label]["color"])
+            if fresh and len(grid := common_grid(fresh)):
+                middle = interquartile_mean(stacked(fresh, grid))
+                panel.plot(grid, middle, ":", color=colours[arm.label]["color"], linewidth=1.2)
+        if name.endswith("probe_ratio"):
+            panel.axhline(1.0, color=style.INK, linewidth=0.9, linestyle=":")
+        panel.set_title(name.replace("/all/", " ").replace("_", " "), pad=12)
+    events = {record.event for arm in arms for run in arm.runs for record in run.records}
+    marks = {told: marker for event, (marker, told) in EVENTS.items() if event in events}
+    explained: list[Artist] = [Line2D([], [], color=style.INK, linewidth=1.2, linestyle=":", label="fresh network")]
+    explained += [
+        Line2D([], [], color=style.INK, marker=marker, linestyle="none", label=told) for told, marker in marks.items()
     ]
-    _legend(figure, arms, colours, marks)
+    _legend(figure, arms, colours, explained)
     return figure
 
 
@@ -270,16 +285,16 @@ def _columns(labels: Sequence[str]) -> int:
     return len(letters) if sum(letters) <= LETTERS else max(1, LETTERS // max(letters))
 
 
-def _measured(run: Run) -> dict[str, Curve]:
-    """The monitor's values over transitions by short name: of whole modules, not of single layers."""
-    points: dict[str, list[tuple[int, float]]] = {}
+def _measured(run: Run) -> tuple[dict[str, Curve], dict[str, Curve]]:
+    """Metrics of whole networks over transitions, and those of fresh networks; what is not finite is left out."""
+    found: tuple[dict[str, list[tuple[float, float]]], ...] = ({}, {})
     for record in run.records:
-        for name, value in record.values.items():
-            module, _, metric = name.removeprefix("plasticity/").rpartition("/")
-            if "/" in module and not module.endswith("/all"):
-                continue
-            points.setdefault(f"{module.removesuffix('/all')} {metric}".strip(), []).append((record.step, value))
-    return {name: (columns[0], columns[1]) for name, pairs in points.items() for columns in [np.array(pairs, float).T]}
+        for points, values in zip(found, (record.values, record.fresh), strict=True):
+            for name, value in values.items():
+                if re.fullmatch(r"\w+/all/[\w.]+", name) and not name.endswith("_worst") and np.isfinite(value):
+                    points.setdefault(name, []).append((record.step, value))
+    measured, fresh = ({name: as_curve(pairs) for name, pairs in points.items()} for points in found)
+    return measured, fresh
 
 
 def _importance(name: str) -> tuple[int, str]:
@@ -287,18 +302,16 @@ def _importance(name: str) -> tuple[int, str]:
     return place, name
 
 
-def _mark(panel: Axes, run: Run, colour: str) -> set[str]:
-    """Mark a run's events above a panel, decisions by a line through it too; returns the kinds that were there."""
+def _mark(panel: Axes, run: Run, colour: str) -> None:
+    """Mark a run's events above a panel, and by a line through it those that changed the network."""
     above_panel = blended_transform_factory(panel.transData, panel.transAxes)
-    shown = {kind: [record.step for record in run.records if record.kind == kind] for kind in EVENTS}
-    for kind, steps in shown.items():
-        marker, _ = EVENTS[kind]
-        look: dict[str, Any] = {"color": colour, "transform": above_panel, "clip_on": False, "markersize": 5}
+    look: dict[str, Any] = {"color": colour, "transform": above_panel, "clip_on": False, "markersize": 5}
+    for event, (marker, _) in EVENTS.items():
+        steps = [record.step for record in run.records if record.event == event]
         (marks,) = panel.plot(steps, [1.04] * len(steps), marker, **look)
         marks.set_in_layout(False)  # the layout would take its height for a width
-    for step in shown["decision"]:
-        panel.axvline(step, color=colour, linewidth=0.8, alpha=0.6)
-    return {kind for kind, steps in shown.items() if steps}
+        for step in steps if event in CHANGES else ():
+            panel.axvline(step, color=colour, linewidth=0.8, alpha=0.6)
 
 
 def _spent(runs: Sequence[Run]) -> dict[str, float]:

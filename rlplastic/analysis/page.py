@@ -162,11 +162,18 @@ def _section(index: int, section: Section) -> str:
 def _events(arms: Sequence[Arm]) -> str:
     """What the monitor suspected, tried and did, in its own words."""
     told = [
-        (arm.label, str(run.seed), f"{record.step:,}", f"{record.updates:,}", record.kind, record.text)
+        (
+            arm.label,
+            str(run.seed),
+            f"{record.step:,}",
+            f"{record.updates:,}",
+            record.event.replace("_", " "),
+            record.sentence,
+        )
         for arm in arms
         for run in arm.runs
         for record in run.records
-        if record.text
+        if record.sentence
     ]
     if not told:
         return ""

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from rlplastic.analysis.statistics import Curve, Floats
+from rlplastic.analysis.statistics import Curve, Floats, as_curve
 from rlplastic.command_line import flatten
 from rlplastic.errors import ConfigurationError
 
@@ -35,15 +35,18 @@ MOVED_ASIDE = re.compile(r"\.old-\d+$")
 
 @dataclass(frozen=True)
 class Record:
-    """A line of ``plasticity.jsonl``: what the monitor saw, suspected, tried or did."""
+    """A line of ``plasticity.jsonl``: what the monitor measured, suspected, tried or did."""
 
-    kind: str
-    """``measurement``, ``alarm``, ``probe``, ``decision`` or another event."""
+    event: str
+    """``measurement``, ``alarm``, ``probe``, ``committed``, …"""
     step: int
     updates: int
+    sentence: str
+    """For people; empty for measurements."""
     values: Mapping[str, float]
-    text: str
-    """A sentence for people; empty for measurements."""
+    """By metric, ``<module>/<layer>/<name>``; of a probe ``<module>/all/probe_ratio``."""
+    fresh: Mapping[str, float]
+    """The same of networks that never learned."""
 
 
 @dataclass(frozen=True)
@@ -202,8 +205,20 @@ def _records(path: Path) -> tuple[Record, ...]:
 
 
 def _record(line: Mapping[str, Any]) -> Record:
-    values = {name: math.nan if value is None else float(value) for name, value in line.get("values", {}).items()}
-    return Record(str(line["kind"]), int(line["step"]), int(line["updates"]), values, str(line.get("text", "")))
+    event, values = str(line["event"]), _metrics(line.get("values", {}))
+    if event == "probe":
+        values[f"{line['patient']}/all/probe_ratio"] = _number(line["ratio"])
+    place = int(line["step"]), int(line["updates"])
+    return Record(event, *place, str(line.get("sentence", "")), values, _metrics(line.get("fresh", {})))
+
+
+def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name.removeprefix("plasticity/"): _number(value) for name, value in values.items()}
+
+
+def _number(value: Any) -> float:  # noqa: ANN401 - JSON's
+    """NaN for null, as what is not finite is written."""
+    return math.nan if value is None else float(value)
 
 
 def _profile(path: Path) -> dict[str, float]:
@@ -222,14 +237,14 @@ def _finished(path: Path) -> bool:
 
 def _scalars(path: Path, warn: Warn) -> dict[str, Curve]:
     """Points of every scalar, in the order of the event files' names, which is that of the attempts."""
-    points: dict[str, list[tuple[int, float]]] = {}
+    points: dict[str, list[tuple[float, float]]] = {}
     for file in sorted(path.glob("*tfevents*")):
         try:
             for tag, step, value in _events(file):
                 points.setdefault(tag, []).append((step, value))
         except ValueError as error:
             warn(f"{file} is damaged, and what follows there is left out ({error})")
-    return {tag: (columns[0], columns[1]) for tag, pairs in points.items() for columns in [np.array(pairs, float).T]}
+    return {tag: as_curve(pairs) for tag, pairs in points.items()}
 
 
 def _events(file: Path) -> Iterator[tuple[str, int, float]]:

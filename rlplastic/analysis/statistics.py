@@ -75,6 +75,12 @@ def curve_area(x: Floats, y: Floats) -> float:
     return float(np.trapezoid(y, x) / (x[-1] - x[0]))
 
 
+def as_curve(points: Sequence[tuple[float, float]]) -> Curve:
+    """Points (x, y) as columns."""
+    columns = np.array(points, np.float64).reshape(-1, 2).T
+    return columns[0], columns[1]
+
+
 def common_grid(curves: Sequence[Curve], most: int = 200) -> Floats:
     """Where all curves have begun and none has ended: their own points, or ``most`` even ones if there are more."""
     low, high = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)

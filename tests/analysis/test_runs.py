@@ -72,8 +72,12 @@ def test_a_run_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert run.curve("step")[0].tolist() == list(STEPS) and run.curve("step")[1].tolist() == [0, 10, 20, 40]
     assert run.curve("updates")[0].tolist() == [step / 2 for step in STEPS]
     assert run.curve("seconds")[0].tolist() == [step / 100 for step in STEPS]
-    assert [record.kind for record in run.records] == ["measurement"] * 4 + ["alarm", "probe", "decision"]
-    assert run.records[-1].text == "reset <kept> & verified" and np.isnan(run.records[-1].values["x"])
+    assert [record.event for record in run.records[4:]] == ["alarm", "probe", "probe", "committed"]
+    assert run.records[-1].sentence == "reset <kept> & verified" and run.records[-1].values == {}
+    assert run.records[0].values["critic/all/dormant"] == 11.0
+    assert run.records[0].fresh == {"critic/all/effective_rank": 40.0}
+    assert run.records[5].values == {"critic/all/probe_ratio": 1.8}
+    assert np.isnan(run.records[6].values["critic/all/probe_ratio"])
 
 
 def test_scalars_are_those_that_tensorboard_reads(tmp_path: Path) -> None:
@@ -104,7 +108,7 @@ def test_time_is_that_of_the_attempts_that_led_here(tmp_path: Path) -> None:
 
 def test_rows_that_are_still_being_written_are_left_out(tmp_path: Path) -> None:
     path = made_run(tmp_path / "run", records=measurements(), finished=False)
-    for name, half in (("eval.csv", "5000,25"), ("timing.csv", "1,50"), ("plasticity.jsonl", '{"kind": "mea')):
+    for name, half in (("eval.csv", "5000,25"), ("timing.csv", "1,50"), ("plasticity.jsonl", '{"event": "mea')):
         with open(path / name, "a") as file:
             file.write(half)
     run = read_run(path, refuse)
