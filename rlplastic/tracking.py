@@ -82,8 +82,9 @@ SCALARS: dict[str, str] = {
 LAYOUT: dict[str, dict[str, list[str]]] = {
     "return": {
         "evaluation return": ["eval/return_mean"],
+        "half of its 95 % interval": ["eval/return_ci95"],
         "return while exploring": ["train/return"],
-        "episode length": ["train/length"],
+        "episode length while exploring": ["train/length"],
     },
     "loss": {name: [f"loss/{name}"] for name in ("critic", "actor", "temperature")},
     "policy": {"entropy": ["policy/entropy"], "entropy temperature": ["policy/alpha"]},
@@ -98,7 +99,10 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
     },
     "replay": {"replay ratio": ["train/replay_ratio"]},
     "norm": {f"{network}: distance from the bounds": [f"norm/{network}_.*"] for network in ("actor", "critic")},
-    "time": {"where the time goes": [f"speed/fraction_{name}" for name in SECTIONS]},
+    "time": {
+        "where the time goes": [f"speed/fraction_{name}" for name in SECTIONS],
+        "budget used": ["train/budget_used"],
+    },
 }
 """Sections of TensorBoard's custom-scalars page, in their order: charts by heading, tags as regular expressions."""
 SECTION_OF = {"train": "return", "eval": "return", "speed": "time"}

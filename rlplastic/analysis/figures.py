@@ -137,7 +137,7 @@ def scalars(arms: Sequence[Arm], colours: Colours, tags: Mapping[str, tuple[str,
     there = {tag: told for tag, told in tags.items() if any(tag in run.scalars for arm in arms for run in arm.runs)}
     if not there:
         return None
-    figure, panels = _multiples(len(there))
+    figure, panels = _multiples(len(there), "environment transitions")
     for panel, (tag, (title, unit)) in zip(panels, there.items(), strict=True):
         for arm in arms:
             _draw(panel, [run.scalars[tag] for run in arm.runs if tag in run.scalars], colours[arm.label])
@@ -147,12 +147,12 @@ def scalars(arms: Sequence[Arm], colours: Colours, tags: Mapping[str, tuple[str,
 
 
 def plasticity(arms: Sequence[Arm], colours: Colours) -> Figure | None:
-    """What the monitor measured over transitions, and when it did something; None if it measured nothing."""
+    """What the monitor measured over updates, and when it did something; None if it measured nothing."""
     curves = {id(run): _measured(run) for arm in arms for run in arm.runs}
     names = sorted({name for measured, _ in curves.values() for name in measured}, key=_importance)[:MOST_METRICS]
     if not names:
         return None
-    figure, panels = _multiples(len(names))
+    figure, panels = _multiples(len(names), "gradient updates")
     for panel, name in zip(panels, names, strict=True):
         for arm in arms:
             pairs = [curves[id(run)] for run in arm.runs]
@@ -252,8 +252,8 @@ def _outcome(strata: Mapping[str, Sequence[Floats]], arms: Sequence[Arm], colour
     return figure
 
 
-def _multiples(count: int) -> tuple[Figure, list[Axes]]:
-    """Small panels over transitions, three in a row."""
+def _multiples(count: int, axis: str) -> tuple[Figure, list[Axes]]:
+    """Small panels over ``axis``, three in a row."""
     rows = -(-count // COLUMNS)
     figure = Figure(figsize=(WIDTH, 0.5 + 2.45 * rows))
     panels = list(figure.subplots(rows, COLUMNS, squeeze=False).flatten())
@@ -263,7 +263,7 @@ def _multiples(count: int) -> tuple[Figure, list[Axes]]:
         style.engineering(panel)
         panel.yaxis.set_major_formatter("{x:.4g}")
         if index + COLUMNS >= count:
-            panel.set_xlabel("environment transitions")
+            panel.set_xlabel(axis)
     return figure, panels[:count]
 
 
@@ -286,13 +286,13 @@ def _columns(labels: Sequence[str]) -> int:
 
 
 def _measured(run: Run) -> tuple[dict[str, Curve], dict[str, Curve]]:
-    """Metrics of whole networks over transitions, and those of fresh networks; what is not finite is left out."""
+    """Metrics of whole networks over updates, and those of fresh networks; what is not finite is left out."""
     found: tuple[dict[str, list[tuple[float, float]]], ...] = ({}, {})
     for record in run.records:
         for points, values in zip(found, (record.values, record.fresh), strict=True):
             for name, value in values.items():
                 if re.fullmatch(r"\w+/all/[\w.]+", name) and not name.endswith("_worst") and np.isfinite(value):
-                    points.setdefault(name, []).append((record.step, value))
+                    points.setdefault(name, []).append((record.updates, value))
     measured, fresh = ({name: as_curve(pairs) for name, pairs in points.items()} for points in found)
     return measured, fresh
 
@@ -307,11 +307,11 @@ def _mark(panel: Axes, run: Run, colour: str) -> None:
     above_panel = blended_transform_factory(panel.transData, panel.transAxes)
     look: dict[str, Any] = {"color": colour, "transform": above_panel, "clip_on": False, "markersize": 5}
     for event, (marker, _) in EVENTS.items():
-        steps = [record.step for record in run.records if record.event == event]
-        (marks,) = panel.plot(steps, [1.04] * len(steps), marker, **look)
+        moments = [record.updates for record in run.records if record.event == event]
+        (marks,) = panel.plot(moments, [1.04] * len(moments), marker, **look)
         marks.set_in_layout(False)  # the layout would take its height for a width
-        for step in steps if event in CHANGES else ():
-            panel.axvline(step, color=colour, linewidth=0.8, alpha=0.6)
+        for moment in moments if event in CHANGES else ():
+            panel.axvline(moment, color=colour, linewidth=0.8, alpha=0.6)
 
 
 def _spent(runs: Sequence[Run]) -> dict[str, float]:
