@@ -91,7 +91,7 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
     "value": {"values and targets": ["value/q_mean", "value/target_mean"]},
     "plasticity": {
         "probe: slower to learn than a fresh network above 1": ["plasticity/decisions/ratio"],
-        "effective rank": ["plasticity/(actor|critic)/all/effective_rank"],
+        "effective rank": ["plasticity/(actor|critic)/[^/]+/effective_rank"],
         "dormant units": ["plasticity/(actor|critic)/all/dormant"],
         "angular speed": ["plasticity/(actor|critic)/all/angular_speed"],
         "weight norm": ["plasticity/(actor|critic)/all/weight_norm"],

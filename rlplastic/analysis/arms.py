@@ -20,8 +20,14 @@ from rlplastic.config import HANDLING
 
 NO_DIFFERENCE = ("seed", "threads", "env.threads", *HANDLING)
 """Settings, or sections, in which the runs of one arm may differ."""
-TELLING = ("agent.name", "critic.kind", "monitor.mode", "preset.name", "replay_ratio")
-"""Settings that name an arm if they can, in this order; others follow by name."""
+TELLING = {
+    "agent.name": "",
+    "critic.kind": "",
+    "monitor.mode": "monitor=",
+    "preset.name": "preset=",
+    "replay_ratio": "replay_ratio=",
+}
+"""Settings that name an arm if they can, in this order, and what stands before their value; others follow by name."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class Arm:
 
     task: str
     label: str
-    """What sets it apart, such as ``sac, replay_ratio=2``; the same for its like on other tasks."""
+    """What sets it apart, such as ``sac, monitor=full``; the same for its like on other tasks."""
     settings: Mapping[str, Any]
     """Its configuration by dotted key, without `NO_DIFFERENCE`."""
     runs: tuple[Run, ...]
@@ -151,12 +157,10 @@ def _distinguishing(settings: Sequence[Mapping[str, Any]], tasks: Sequence[str])
 
 
 def _label(config: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """The telling settings of a configuration; values alone where the key adds nothing."""
+    """The telling settings of a configuration, those that it has; the agent's name without any."""
     if not keys:
         return str(config.get("agent.name", "runs"))
-    named = {"agent.name", "critic.kind", "preset.name"}
-    parts = [str(config[key]) if key in named else f"{key}={config[key]}" for key in keys if key in config]
-    return ", ".join(parts)
+    return ", ".join(TELLING.get(key, f"{key}=") + str(config[key]) for key in keys if key in config)
 
 
 def _one_per_seed(runs: Sequence[Run], warn: Warn) -> tuple[Run, ...]:

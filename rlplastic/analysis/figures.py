@@ -6,7 +6,6 @@ stratified-bootstrap intervals (arXiv 2108.13264). One colour is one arm on the 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -108,7 +107,8 @@ def learning(arms: Sequence[Arm], colours: Colours) -> Figure | None:
         for arm in arms:
             curves = [(x / scale, y) for x, y in (run.curve(axis) for run in arm.evaluated)]
             _draw(panel, curves, colours[arm.label], band=True)
-        style.engineering(panel)
+        if axis != "seconds":
+            style.engineering(panel)
     panels[0].set(xlabel="environment transitions", ylabel="evaluation return")
     panels[1].set(xlabel="gradient updates")
     panels[2].set(xlabel=f"time of training ({unit}), evaluation excluded")
@@ -117,7 +117,7 @@ def learning(arms: Sequence[Arm], colours: Colours) -> Figure | None:
         Patch(color=style.INK, alpha=0.18, linewidth=0, label="95 % interval"),
         Line2D([], [], color=style.INK, linewidth=0.7, alpha=0.5, label="each seed"),
     ]
-    _legend(figure, arms, colours, explained)
+    _legend(figure, arms, colours, explained if any(len(arm.evaluated) > 1 for arm in arms) else ())
     return figure
 
 
@@ -165,14 +165,14 @@ def plasticity(arms: Sequence[Arm], colours: Colours) -> Figure | None:
                 panel.plot(grid, middle, ":", color=colours[arm.label]["color"], linewidth=1.2)
         if name.endswith("probe_ratio"):
             panel.axhline(1.0, color=style.INK, linewidth=0.9, linestyle=":")
-        panel.set_title(name.replace("/all/", " ").replace("_", " "), pad=12)
+        panel.set_title(name.replace("_", " "), pad=12)
     events = {record.event for arm in arms for run in arm.runs for record in run.records}
     marks = {told: marker for event, (marker, told) in EVENTS.items() if event in events}
     explained: list[Artist] = [Line2D([], [], color=style.INK, linewidth=1.2, linestyle=":", label="fresh network")]
     explained += [
         Line2D([], [], color=style.INK, marker=marker, linestyle="none", label=told) for told, marker in marks.items()
     ]
-    _legend(figure, arms, colours, explained)
+    _legend(figure, [arm for arm in arms if any(curves[id(run)][0] for run in arm.runs)], colours, explained)
     return figure
 
 
@@ -286,15 +286,23 @@ def _columns(labels: Sequence[str]) -> int:
 
 
 def _measured(run: Run) -> tuple[dict[str, Curve], dict[str, Curve]]:
-    """Metrics of whole networks over updates, and those of fresh networks; what is not finite is left out."""
+    """Metrics over updates, and those of fresh networks, by module and name; what is not finite is left out."""
     found: tuple[dict[str, list[tuple[float, float]]], ...] = ({}, {})
     for record in run.records:
         for points, values in zip(found, (record.values, record.fresh), strict=True):
-            for name, value in values.items():
-                if re.fullmatch(r"\w+/all/[\w.]+", name) and not name.endswith("_worst") and np.isfinite(value):
+            for name, value in _of_modules(values).items():
+                if np.isfinite(value):
                     points.setdefault(name, []).append((record.updates, value))
     measured, fresh = ({name: as_curve(pairs) for name, pairs in points.items()} for points in found)
     return measured, fresh
+
+
+def _of_modules(values: Mapping[str, float]) -> dict[str, float]:
+    """``<module> <metric>``: of the module as a whole, else of its last layer; worst members are left out."""
+    named = [(name.split("/"), value) for name, value in values.items() if not name.endswith("_worst")]
+    named = [(parts, value) for parts, value in named if len(parts) == 3]  # readings of a batch that stays have more
+    named.sort(key=lambda entry: entry[0][1] == "all")
+    return {f"{module} {metric}": value for (module, _, metric), value in named}
 
 
 def _importance(name: str) -> tuple[int, str]:

@@ -143,7 +143,7 @@ def _explanation(rows: Sequence[Row]) -> str:
         "Intervals are 95 % stratified-bootstrap intervals over seeds (arXiv 2108.13264).",
     ]
     if few < 5:
-        sentences.append(f"With as few as {_count(few, 'seed')} they are too narrow, and a single seed has none.")
+        sentences.append("With fewer than five seeds they are narrower than they should be; a single seed has none.")
     return f'<p class="note">{" ".join(sentences)}</p>'
 
 
@@ -236,12 +236,13 @@ figure {{ margin: 0; }}
 figure svg {{ display: block; width: 100%; min-width: 760px; height: auto; }}
 figcaption, .note {{ font-size: 13px; opacity: 0.72; max-width: 78em; margin: 6px 0 0; }}
 .wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; margin: 12px 0;
+table {{ border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; margin: 12px 0;
   min-width: 60%; }}
 th {{ text-align: left; vertical-align: bottom; font-weight: 600; border-bottom: 2px solid var({faint});
-  padding: 4px 16px 4px 0; }}
+  padding: 4px 12px 4px 0; }}
 th small {{ display: block; font-weight: 400; opacity: 0.65; white-space: nowrap; }}
-td {{ border-bottom: 1px solid var({faint}); padding: 5px 16px 5px 0; white-space: nowrap; }}
+td {{ border-bottom: 1px solid var({faint}); padding: 5px 12px 5px 0; white-space: nowrap; }}
+td:nth-child(2) {{ white-space: normal; min-width: 90px; }}
 details td {{ white-space: normal; vertical-align: top; }}
 td i {{ display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 7px; }}
 td small {{ opacity: 0.72; }}
