@@ -276,6 +276,7 @@ def _legend(figure: Figure, arms: Sequence[Arm], colours: Colours, explained: Se
     entries: list[Artist] = [Line2D([], [], label=name, **colours[label]) for label, name in told.items()]
     entries += explained
     columns = _columns([str(entry.get_label()) for entry in entries])
+    figure.set_figheight(figure.get_figheight() + 0.19 * (-(-len(entries) // columns) - 1))  # inches of a further row
     figure.legend(handles=entries, loc="outside upper left", ncols=columns, columnspacing=1.4)
 
 

@@ -10,9 +10,9 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from glob import glob
 from importlib import import_module
 from pathlib import Path
@@ -29,6 +29,9 @@ Warn = Callable[[str], None]
 
 AXES = {"step": "environment transitions", "updates": "gradient updates", "seconds": "training time"}
 """What a learning curve may be drawn over."""
+EVALUATION = ("step", "updates", "return_mean")
+TIMING = ("attempt", "step", "updates", "wall_seconds", "train_seconds")
+"""Columns that a report cannot do without."""
 MOVED_ASIDE = re.compile(r"\.old-\d+$")
 """Names of runs that ``fresh=true`` replaced."""
 
@@ -162,8 +165,8 @@ def read_run(path: Path, warn: Warn) -> Run | None:
     return Run(
         path,
         config,
-        evaluations=_reading(path / "eval.csv", warn, _table) or {},
-        timings=_reading(path / "timing.csv", warn, _table) or {},
+        evaluations=_reading(path / "eval.csv", warn, partial(_table, columns=EVALUATION)) or {},
+        timings=_reading(path / "timing.csv", warn, partial(_table, columns=TIMING)) or {},
         scalars=_scalars(path, warn),
         records=_reading(path / "plasticity.jsonl", warn, _records) or (),
         profile=_reading(path / "profile.json", warn, _profile) or {},
@@ -190,12 +193,18 @@ def _configuration(path: Path) -> dict[str, Any]:
     return flat
 
 
-def _table(path: Path) -> dict[str, Floats]:
-    """A CSV file of numbers by column, without a last row that is still being written; empty without rows."""
+def _table(path: Path, columns: Collection[str]) -> dict[str, Floats]:
+    """A CSV file of numbers by column, without a last row that is still being written; empty without rows.
+
+    Raises:
+        ValueError: a cell is no number, or one of ``columns`` is missing.
+    """
     text = path.read_text(encoding="utf-8")
     header, *rows = csv.reader(io.StringIO(text[: text.rfind("\n") + 1]))
-    columns = np.array(rows, np.float64).reshape(len(rows), len(header)).T
-    return dict(zip(header, columns, strict=True)) if rows else {}
+    if not set(columns) <= set(header):
+        raise ValueError(f"no column {', '.join(sorted(set(columns) - set(header)))}")
+    values = np.array(rows, np.float64).reshape(len(rows), len(header)).T
+    return dict(zip(header, values, strict=True)) if rows else {}
 
 
 def _records(path: Path) -> tuple[Record, ...]:

@@ -50,6 +50,7 @@ DASHES = ("-", "--", ":", "-.")
 PARAMETERS: dict[Any, Any] = {
     "font.size": 9.0,
     "text.color": INK,
+    "text.parse_math": False,
     "axes.labelcolor": INK,
     "axes.titlesize": "medium",
     "axes.titleweight": "bold",

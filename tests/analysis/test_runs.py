@@ -126,9 +126,10 @@ def test_a_run_without_logs_has_nothing_to_show(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["eval.csv", "timing.csv", "plasticity.jsonl", "profile.json"])
-def test_damaged_files_are_named_and_left_out(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("text", ["a,b\n1,two\n", "step,score\n1,2\n", "\0\n"])
+def test_damaged_files_are_named_and_left_out(tmp_path: Path, name: str, text: str) -> None:
     path = made_run(tmp_path / "run", records=measurements())
-    (path / name).write_text("a,b\n1,two\n")
+    (path / name).write_text(text)
     warnings: list[str] = []
     run = read_run(path, warnings.append)
     assert run is not None and run.scalars
