@@ -90,12 +90,12 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
     "policy": {"entropy": ["policy/entropy"], "entropy temperature": ["policy/alpha"]},
     "value": {"values and targets": ["value/q_mean", "value/target_mean"]},
     "plasticity": {
-        "probe: slower to learn than a fresh network above 1": ["plasticity/decisions/ratio"],
-        "effective rank": ["plasticity/(actor|critic)/[^/]+/effective_rank"],
-        "dormant units": ["plasticity/(actor|critic)/all/dormant"],
-        "angular speed": ["plasticity/(actor|critic)/all/angular_speed"],
-        "weight norm": ["plasticity/(actor|critic)/all/weight_norm"],
-        "TD error held out, and its gap": ["plasticity/critic/all/held_out_td_.*"],
+        "probe: slower to learn than a fresh network above 1": ["plasticity/decisions/ratio$"],
+        "effective rank": ["plasticity/(actor|critic)/[^/]+/effective_rank$"],
+        "dormant units": ["plasticity/(actor|critic)/all/dormant$"],
+        "angular speed of layers": ["plasticity/(actor|critic)/[^/]+/angular_speed$"],
+        "weight norm": ["plasticity/(actor|critic)/all/weight_norm$"],
+        "TD error held out, and its gap": ["plasticity/critic/all/held_out_td_(error|gap)$"],
     },
     "replay": {"replay ratio": ["train/replay_ratio"]},
     "norm": {f"{network}: distance from the bounds": [f"norm/{network}_.*"] for network in ("actor", "critic")},
@@ -104,7 +104,8 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
         "budget used": ["train/budget_used"],
     },
 }
-"""Sections of TensorBoard's custom-scalars page, in their order: charts by heading, tags as regular expressions."""
+"""Sections of TensorBoard's custom-scalars page, in their order: charts by heading, tags as regular expressions, which
+TensorBoard holds against the beginnings of tags."""
 SECTION_OF = {"train": "return", "eval": "return", "speed": "time"}
 """Where a scalar goes that `LAYOUT` does not name, if not into the section of its own name."""
 

@@ -293,8 +293,11 @@ def test_the_layout_shows_what_people_look_for_first_and_nothing_twice() -> None
     charts = [tags for section in layout.values() for _, tags in section.values()]
     for name in SCALARS:
         assert sum(any(re.fullmatch(tag, name) for tag in tags) for tags in charts) == 1, name
-    for name in ("plasticity/critic/all/effective_rank", "plasticity/actor/all/dormant", "plasticity/decisions/ratio"):
-        assert sum(any(re.fullmatch(tag, name) for tag in tags) for tags in charts) == 1, name
+    monitored = ("critic/trunk.3/effective_rank", "actor/all/dormant", "decisions/ratio", "critic/all/held_out_td_gap")
+    for name in monitored:
+        assert sum(any(re.match(tag, f"plasticity/{name}") for tag in tags) for tags in charts) == 1, name
+    for name in ("actor/all/dormant_0.1", "critic/all/dormant_worst", "frozen/critic/all/dormant"):
+        assert not any(re.match(tag, f"plasticity/{name}") for tags in charts for tag in tags), name
 
 
 def test_a_text_and_the_settings_with_the_last_value_of_a_metric_reach_tensorboard(tmp_path: Path) -> None:

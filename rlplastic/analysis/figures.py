@@ -299,11 +299,13 @@ def _measured(run: Run) -> tuple[dict[str, Curve], dict[str, Curve]]:
 
 
 def _of_modules(values: Mapping[str, float]) -> dict[str, float]:
-    """``<module> <metric>``: of the module as a whole, else of its last layer; worst members are left out."""
-    named = [(name.split("/"), value) for name, value in values.items() if not name.endswith("_worst")]
-    named = [(parts, value) for parts, value in named if len(parts) == 3]  # readings of a batch that stays have more
-    named.sort(key=lambda entry: entry[0][1] == "all")
-    return {f"{module} {metric}": value for (module, _, metric), value in named}
+    """``<module> <metric>``: of the module as a whole, else the mean over its layers; worst members are left out."""
+    layers: dict[str, dict[str, float]] = {}
+    for name, value in values.items():
+        parts = name.split("/")
+        if len(parts) == 3 and not name.endswith("_worst"):  # readings of a batch that stays have more parts
+            layers.setdefault(f"{parts[0]} {parts[2]}", {})[parts[1]] = value
+    return {name: found.get("all", float(np.mean([*found.values()]))) for name, found in layers.items()}
 
 
 def _importance(name: str) -> tuple[int, str]:

@@ -34,9 +34,9 @@ ACROSS = (
 INSIDE = "Means since the last log point. Lines are interquartile means over seeds, thin lines the seeds."
 BOUNDS = "Largest relative distance of a weight row or a gain from the norm it is held to: 0 up to rounding."
 MEASURED = (
-    "What the plasticity monitor measured, of whole networks (ranks: of the last layer measured); dotted: of fresh "
-    "networks on the same states. Marks above a panel are the monitor's events; a vertical line is a change of the "
-    "network. A probe ratio above 1 means: slower to learn than a fresh network."
+    "What the plasticity monitor measured, of whole networks, or the mean over layers where it measured only these; "
+    "dotted: of fresh networks on the same states. Marks above a panel are the monitor's events; a vertical line is a "
+    "change of the network. A probe ratio above 1 means: slower to learn than a fresh network."
 )
 SPENT = "Where wall time went, all seeds together; of profile.json where every run has one, else of timing.csv."
 
