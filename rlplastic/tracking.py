@@ -79,6 +79,9 @@ SCALARS: dict[str, str] = {
 }
 """Every stable scalar and what it means; names are ``section/quantity``."""
 
+MAX_GIF_FRAMES = 300
+"""Frames of a video shown in TensorBoard, which holds images in memory; longer videos are thinned out evenly."""
+
 LAYOUT: dict[str, dict[str, list[str]]] = {
     "return": {
         "evaluation return": ["eval/return_mean"],
@@ -108,9 +111,6 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
 TensorBoard holds against the beginnings of tags."""
 SECTION_OF = {"train": "return", "eval": "return", "speed": "time"}
 """Where a scalar goes that `LAYOUT` does not name, if not into the section of its own name."""
-
-MAX_GIF_FRAMES = 300
-"""Frames of a video shown in TensorBoard, which holds images in memory; longer videos are thinned out evenly."""
 
 
 class EvaluationRow(NamedTuple):
