@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from omegaconf import MISSING
 
@@ -30,25 +31,22 @@ def main(arguments: Sequence[str]) -> None:
     """
     options = parse(arguments, Arguments, "report")
 
-    from pathlib import Path
-
     from rich.table import Table
 
-    from rlplastic.analysis.report import write
+    from rlplastic.analysis.page import number
+    from rlplastic.analysis.writing import write
     from rlplastic.terminal import View, standard_console
 
-    console = standard_console()
+    out, console = Path(options.out), standard_console()
     view = View(live=False, console=console)
     with console.status("reading runs, drawing figures"):
-        rows = write(options.runs, Path(options.out), view.warn)
+        rows = write(options.runs, out, view.warn)
     table = Table("task", "arm", "seeds", "final return", "95 % interval", "updates", box=None, header_style="bold")
-    from rlplastic.analysis.page import number
-
     for row in rows:
         interval = f"[{number(row.return_low)}, {number(row.return_high)}]" if row.seeds > 1 else "–"
         table.add_row(row.task, row.arm, str(row.seeds), number(row.return_mean), interval, f"{row.updates:,.0f}")
     console.print(table)
-    view.note(f"page: {Path(options.out) / 'index.html'}")
+    view.note(f"page: {out / 'index.html'}")
 
 
 if __name__ == "__main__":

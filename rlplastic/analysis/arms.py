@@ -93,7 +93,7 @@ def arms_of(runs: Iterable[Run], warn: Warn) -> list[Arm]:
     tasks = [task for task, _ in grouped]
     keys = _distinguishing(settings, tasks)
     arms = [
-        Arm(task, _label(config, keys), config, _one_per_seed(members, warn))
+        Arm(task, _label(config, keys, settings), config, _one_per_seed(members, warn))
         for task, config, members in zip(tasks, settings, grouped.values(), strict=True)
     ]
     return sorted(arms, key=lambda arm: (arm.task, arm.label))
@@ -156,11 +156,14 @@ def _distinguishing(settings: Sequence[Mapping[str, Any]], tasks: Sequence[str])
     return chosen
 
 
-def _label(config: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """The telling settings of a configuration, those that it has; the agent's name without any."""
-    if not keys:
-        return str(config.get("agent.name", "runs"))
-    return ", ".join(TELLING.get(key, f"{key}=") + str(config[key]) for key in keys if key in config)
+def _label(config: Mapping[str, Any], keys: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> str:
+    """As many values of ``keys`` as tell it from all other ``settings``; the agent's name if there are no others."""
+    parts, alike = [], [*settings]
+    for key in keys:
+        if len({str(other.get(key)) for other in alike}) > 1:
+            parts.append(TELLING.get(key, f"{key}=") + str(config[key]) if key in config else f"{key} unset")
+            alike = [other for other in alike if str(other.get(key)) == str(config.get(key))]
+    return ", ".join(parts) or str(config.get("agent.name", "runs"))
 
 
 def _one_per_seed(runs: Sequence[Run], warn: Warn) -> tuple[Run, ...]:

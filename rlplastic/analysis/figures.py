@@ -80,12 +80,14 @@ SPENT = {
     "env": ("simulator", "#d55e00"),
     "act": ("acting", "#e69f00"),
     "evaluate": ("evaluating", "#009e73"),
+    "monitor": ("watching plasticity", "#44aa99"),
     "store": ("storing", "#5f676f"),
     "checkpoint": ("saving", "#969ea6"),
     "log": ("logging", "#c6ccd2"),
     "start": ("starting", "#cc79a7"),
     "resume": ("resuming", "#882255"),
     "finish": ("finishing", "#8c6d31"),
+    "other": ("everything else", "#d4d8dd"),
 }
 """Sections of `rlplastic.time_profile` and of ``timing.csv`` as bars name and colour them, in their order."""
 
@@ -197,7 +199,7 @@ def time_spent(arms: Sequence[Arm], colours: Colours) -> Figure | None:
         (chip,) = panel.plot(-0.008, row, "s", color=colours[label]["color"], markersize=5, clip_on=False)
         chip.set_in_layout(False)
     panel.set(xlim=(0, 1.001), xlabel="fraction of wall time")
-    panel.tick_params(axis="y", pad=9, length=0)
+    panel.tick_params(axis="y", pad=13, length=0)
     panel.xaxis.set_major_formatter("{x:.0%}")
     panel.grid(False)
     panel.invert_yaxis()
@@ -331,7 +333,8 @@ def _spent(runs: Sequence[Run]) -> dict[str, float]:
     profiled = all(run.profile for run in runs)
     for run in runs:
         for name, value in (run.profile if profiled else _from_timing(run)).items():
-            seconds[name] = seconds.get(name, 0.0) + value
+            known = name if name in SPENT else "other"
+            seconds[known] = seconds.get(known, 0.0) + value
     total = sum(seconds.values())
     return {name: value / total for name, value in seconds.items()} if total > 0 else {}
 

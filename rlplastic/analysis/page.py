@@ -242,7 +242,7 @@ th {{ text-align: left; vertical-align: bottom; font-weight: 600; border-bottom:
   padding: 4px 12px 4px 0; }}
 th small {{ display: block; font-weight: 400; opacity: 0.65; white-space: nowrap; }}
 td {{ border-bottom: 1px solid var({faint}); padding: 5px 12px 5px 0; white-space: nowrap; }}
-td:nth-child(2) {{ white-space: normal; min-width: 90px; }}
+.sortable td:nth-child(2) {{ white-space: normal; min-width: 90px; }}
 details td {{ white-space: normal; vertical-align: top; }}
 td i {{ display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 7px; }}
 td small {{ opacity: 0.72; }}

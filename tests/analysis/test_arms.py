@@ -46,7 +46,11 @@ def test_seeds_and_how_a_run_is_watched_make_no_other_arm(tmp_path: Path) -> Non
         ([{"env_steps": 10}, {"env_steps": 20}], ["env_steps=10", "env_steps=20"]),
         (
             [{"agent.name": "sac"}, {"agent.name": "flashsac"}, {"agent.name": "flashsac", "critic.kind": "flow"}],
-            ["flashsac", "flashsac, flow", "sac"],
+            ["flashsac, critic.kind unset", "flashsac, flow", "sac"],
+        ),
+        (
+            [{"agent.name": "flashsac", "b": 1}, {"b": 1}, {"b": 2, "c": 1}, {"b": 2, "c": 2}],
+            ["flashsac", "sac, b=1", "sac, b=2, c=1", "sac, b=2, c=2"],
         ),
         ([{"a": 1, "b": 1}, {"a": 2, "b": 2}], ["a=1", "a=2"]),
     ],

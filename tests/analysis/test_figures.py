@@ -99,10 +99,10 @@ def test_time_is_told_by_the_profile_and_else_by_the_fractions_of_the_rows(tmp_p
         dict.fromkeys(("env", "act", "learn", "store", "log", "evaluate", "checkpoint"), 1 / 7)
     )
     for seed in range(4):
-        text = '{"sections": {"update": {"seconds": 3.0}, "env": {"seconds": 1.0}}}'
+        text = '{"sections": {"update": {"seconds": 3.0}, "env": {"seconds": 0.5}, "new": {"seconds": 0.5}}}'
         (tmp_path / f"{seed}" / "profile.json").write_text(text)
     runs = [run for seed in range(4) if (run := read_run(tmp_path / f"{seed}", refuse))]
-    assert figures._spent(runs) == {"update": 0.75, "env": 0.25}
+    assert figures._spent(runs) == {"update": 0.75, "env": 0.125, "other": 0.125}
 
 
 def test_arms_are_told_apart_by_colour_and_then_by_dashes() -> None:

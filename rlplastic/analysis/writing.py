@@ -7,7 +7,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -127,13 +127,9 @@ def _json(rows: Sequence[Row], arms: Sequence[Arm]) -> str:
     arms_told = [
         {
             **{name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row._asdict().items()},
-            "settings": _plain(arm.settings),
+            "settings": dict(sorted(arm.settings.items())),
             "runs": [{"path": str(run.path), "seed": run.seed, "finished": run.finished} for run in arm.runs],
         }
         for row, arm in zip(rows, arms, strict=True)
     ]
     return json.dumps({"arms": arms_told}, indent=1) + "\n"
-
-
-def _plain(settings: Mapping[str, object]) -> dict[str, object]:
-    return dict(sorted(settings.items()))
