@@ -10,6 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+HANDLING = (
+    *("name", "runs", "fresh", "resume", "accept_machine"),
+    *("evaluation", "checkpoint", "tracking", "profile"),
+)
+"""Settings, or sections, that say how a run is named, kept and watched, and not what it is."""
+
 
 @dataclass
 class EnvConfig:

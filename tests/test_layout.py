@@ -31,7 +31,19 @@ LAYERS = (
     {"agents", "envs", "replay", "plasticity"},
     set(),  # the services around the loop: every module that is named nowhere else
     {"loop"},
-    {"train", "evaluate", "export", "play", "report", "diagnose", "bench", "benchmarking", "training", "rlplastic"},
+    {
+        "train",
+        "evaluate",
+        "export",
+        "play",
+        "report",
+        "diagnose",
+        "bench",
+        "analysis",
+        "benchmarking",
+        "training",
+        "rlplastic",
+    },
 )
 """Lowest first; a module imports from its own layer and those below. `training` is what the verb `train` calls."""
 SERVICES = 3
