@@ -20,7 +20,7 @@ from rlplastic.policy import Policy
 Finding = tuple[str, bool | None]
 """What was seen, and whether it is as it should be; None: nothing was there to judge."""
 RAW = 0.5
-RESETS = 4
+RESETS = 2
 """Starting states in which every output is moved."""
 
 
