@@ -130,6 +130,11 @@ def _with_model(facts: TaskFacts, env: EnvConfig, source: _Source) -> TaskFacts:
     )
 
 
+def without_noise(env: EnvConfig) -> EnvConfig:
+    """The task whose sensors are exact, where it has the option."""
+    return replace(env, kwargs={**env.kwargs, "noise_level": 0.0}) if env.task in _SCENES else env
+
+
 def _source(env: EnvConfig) -> _Source | str:
     """Model and options of a task, or why there is no model."""
     if env.backend == "gymnasium":

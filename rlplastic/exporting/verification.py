@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +25,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from rlplastic import seeding
+from rlplastic.benchmarking.timing import percentiles
 from rlplastic.deploy.document import Document
 from rlplastic.deploy.policy import INPUT, OnnxPolicy, check_golden
 from rlplastic.errors import NonFiniteError
@@ -313,30 +312,18 @@ class _Verification:
         return f"{worst:.1e}", bool(worst <= ERROR)
 
     def latency(self) -> Finding:
-        times = latency(self.policy, self.original.policy)
+        row = self.original.real[:1]
+        works: dict[str, Callable[[], object]] = {
+            "onnxruntime": lambda: self.policy.act(row),
+            "torch": lambda: self.original.policy.act({"policy": row}),
+        }
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            times = percentiles(works, TIMED_CALLS)
+        finally:
+            torch.set_num_threads(threads)
         return "; ".join(f"{name} p50 {p50:.0f}, p99 {p99:.0f} us" for name, (p50, p99) in times.items()), None
-
-
-def latency(exported: OnnxPolicy, trained: Policy) -> dict[str, tuple[float, float]]:
-    """Median and 99th percentile in microseconds of one action on one thread, of both in turn."""
-    row = np.zeros((1, exported.observation_dim), np.float32)
-    works: dict[str, Callable[[], object]] = {
-        "onnxruntime": lambda: exported.act(row),
-        "torch": lambda: trained.act({"policy": row}),
-    }
-    seen: dict[str, list[float]] = {name: [] for name in works}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for call in range(TIMED_CALLS + 50):
-            for name, work in works.items():
-                started = time.perf_counter()
-                work()
-                if call >= 50:
-                    seen[name].append((time.perf_counter() - started) * 1e6)
-    finally:
-        torch.set_num_threads(threads)
-    return {name: (statistics.median(taken), float(np.percentile(taken, 99))) for name, taken in seen.items()}
 
 
 def _difference(wanted: Any, found: Any, place: str = "") -> str:  # noqa: ANN401 - any parts of a document

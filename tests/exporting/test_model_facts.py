@@ -117,15 +117,19 @@ def action_of(model: Model) -> Action:
 
 def test_a_response_is_largest_at_the_driven_joint_and_follows_a_permutation_of_names(model: Model) -> None:
     action, pose = action_of(model), Pose({"hip": -0.2}, {})
-    found = responses(model, action, 5, 0.5, pose)
+    found = responses(model, action, 5, 0.5, pose, contacts=True)
     assert np.abs(found).argmax(1).tolist() == [0, 1, 2]
     turned = replace(action, names=("p_hip", "slide", "m_knee"))
-    np.testing.assert_array_equal(responses(model, turned, 5, 0.5, pose), found[np.ix_([1, 2, 0], [1, 2, 0])])
+    np.testing.assert_array_equal(
+        responses(model, turned, 5, 0.5, pose, contacts=True), found[np.ix_([1, 2, 0], [1, 2, 0])]
+    )
 
 
 def test_a_response_is_in_proportion_to_the_action_scale_where_there_is_no_friction() -> None:
     smooth = mujoco.MjModel.from_xml_string(MJCF.replace(' frictionloss="0.125"', ""))
     action = action_of(smooth)
-    once = responses(smooth, action, 1, 0.1, Pose({}, {}))
-    twice = responses(smooth, replace(action, box=replace(action.box, scale=(1.0,) * 3)), 1, 0.1, Pose({}, {}))
+    once = responses(smooth, action, 1, 0.1, Pose({"hip": 0.0}, {}), contacts=False)
+    twice = responses(
+        smooth, replace(action, box=replace(action.box, scale=(1.0,) * 3)), 1, 0.1, Pose({"hip": 0.0}, {})
+    )
     np.testing.assert_allclose(twice, 2 * once, rtol=1e-6, atol=1e-12)
