@@ -30,7 +30,8 @@ def moved_outputs(document: Document, env: EnvConfig, model: Model | None) -> Fi
     A + 1 environments with one seed start alike; output i of environment i + 1 is moved for one policy step, and the
     difference to the first is its response. Coupling moves other joints as well, so responses are compared with those
     of the task's model in the same pose, on the ground or in the air, since the height is not observed. The most
-    similar one, by cosine, has to be that of the actuator with the output's name.
+    similar one, by cosine, in any of a few starts has to be that of the actuator with the output's name: a foot that
+    happens to be stuck on the ground says little about its ankle.
     """
     action, timing = document.action, document.timing
     if model is None or timing is None or not all(action.joints):
@@ -41,7 +42,7 @@ def moved_outputs(document: Document, env: EnvConfig, model: Model | None) -> Fi
     newest = document.observation.newest(named[0])
     columns = [newest.start + named[0].elements.index(str(name)) for name in action.joints]
     width = action.width
-    similar = np.zeros((width, width))
+    similar = np.full((width, width), -1.0)
     for reset in range(RESETS):
         seed = seeding.key("moved outputs", reset, bits=31)
         raw = np.concatenate((np.zeros((1, width)), RAW * np.eye(width))).astype(np.float32)
@@ -49,7 +50,8 @@ def moved_outputs(document: Document, env: EnvConfig, model: Model | None) -> Fi
         seen = after[1:, columns].astype(np.float64) - after[0, columns]
         pose = _pose(document, before[0], model)
         either = [responses(model, action, timing.decimation, RAW, pose, contacts) for contacts in (True, False)]
-        similar += np.maximum(*(_unit(seen) @ _unit(expected).T for expected in either)) / RESETS
+        for expected in either:
+            similar = np.maximum(similar, _unit(seen) @ _unit(expected).T)
     best = similar.argmax(1)
     wrong = [f"{action.names[i]} moves like {action.names[best[i]]}" for i in range(width) if best[i] != i]
     own = similar.diagonal()
