@@ -20,6 +20,7 @@ from rlplastic.policy import Policy
 Finding = tuple[str, bool | None]
 """What was seen, and whether it is as it should be; None: nothing was there to judge."""
 RAW = 0.5
+FACTOR, TINY = 2.0, 1e-30
 RESETS = 2
 """Starting states in which every output is moved."""
 
@@ -31,7 +32,8 @@ def moved_outputs(document: Document, env: EnvConfig, model: Model | None) -> Fi
     difference to the first is its response. Coupling moves other joints as well, so responses are compared with those
     of the task's model in the same pose, on the ground or in the air, since the height is not observed. The most
     similar one, by cosine, in any of a few starts has to be that of the actuator with the output's name: a foot that
-    happens to be stuck on the ground says little about its ankle.
+    happens to be stuck on the ground says little about its ankle. There it also has to move as far, within a `FACTOR`:
+    scales, gears and timing are right.
     """
     action, timing = document.action, document.timing
     if model is None or timing is None or not all(action.joints):
@@ -42,7 +44,7 @@ def moved_outputs(document: Document, env: EnvConfig, model: Model | None) -> Fi
     newest = document.observation.newest(named[0])
     columns = [newest.start + named[0].elements.index(str(name)) for name in action.joints]
     width = action.width
-    similar = np.full((width, width), -1.0)
+    similar, strength = np.full((width, width), -1.0), np.ones(width)
     for reset in range(RESETS):
         seed = seeding.key("moved outputs", reset, bits=31)
         raw = np.concatenate((np.zeros((1, width)), RAW * np.eye(width))).astype(np.float32)
@@ -51,13 +53,22 @@ def moved_outputs(document: Document, env: EnvConfig, model: Model | None) -> Fi
         pose = _pose(document, before[0], model)
         either = [responses(model, action, timing.decimation, RAW, pose, contacts) for contacts in (True, False)]
         for expected in either:
-            similar = np.maximum(similar, _unit(seen) @ _unit(expected).T)
+            found = _unit(seen) @ _unit(expected).T
+            ratio = np.linalg.norm(seen, axis=1) / np.maximum(np.linalg.norm(expected, axis=1), TINY)
+            strength = np.where(found.diagonal() > similar.diagonal(), ratio, strength)
+            similar = np.maximum(similar, found)
     best = similar.argmax(1)
     wrong = [f"{action.names[i]} moves like {action.names[best[i]]}" for i in range(width) if best[i] != i]
+    wrong += [
+        f"{action.names[i]} moves {strength[i]:.2g} times as far as in the model"
+        for i in range(width)
+        if best[i] == i and not 1 / FACTOR < strength[i] < FACTOR
+    ]
     own = similar.diagonal()
     if wrong:
         return "; ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""), False
-    return f"{width} of {width} by {named[0].name}, cosine {own.min():.2f} to {own.max():.2f}", True
+    similarity = f"cosine {own.min():.2f} to {own.max():.2f}, distance {strength.min():.2f} to {strength.max():.2f}"
+    return f"{width} of {width} by {named[0].name}: {similarity} of the model's", True
 
 
 def _one_step(env: EnvConfig, seed: int, raw: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

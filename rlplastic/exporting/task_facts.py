@@ -232,12 +232,13 @@ def _parts(env: EnvConfig, source: _Source | None, width: int) -> list[Observati
         return []
     if env.task in _SCENES:
         return _joystick_parts(env, source)
-    if env.family not in ("mujoco", "gymnasium") or (env.kwargs and env.backend == "envpool"):
+    of_gymnasium = env.backend == "gymnasium"
+    if env.family not in ("mujoco", "gymnasium") or (not of_gymnasium and env.kwargs.keys() - {"frame_stack"}):
         return []
     from rlplastic.envs.gymnasium_adapter import make_env
 
     try:
-        instance: Any = make_env(env.task, dict(env.kwargs))
+        instance: Any = make_env(env.task, dict(env.kwargs) if of_gymnasium else {})
     except EnvironmentContractError:
         return []
     structure = dict(getattr(instance.unwrapped, "observation_structure", None) or {})

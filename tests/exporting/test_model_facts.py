@@ -128,8 +128,13 @@ def test_a_response_is_largest_at_the_driven_joint_and_follows_a_permutation_of_
 def test_a_response_is_in_proportion_to_the_action_scale_where_there_is_no_friction() -> None:
     smooth = mujoco.MjModel.from_xml_string(MJCF.replace(' frictionloss="0.125"', ""))
     action = action_of(smooth)
-    once = responses(smooth, action, 1, 0.1, Pose({"hip": 0.0}, {}), contacts=False)
-    twice = responses(
-        smooth, replace(action, box=replace(action.box, scale=(1.0,) * 3)), 1, 0.1, Pose({"hip": 0.0}, {})
-    )
+    pose, larger = Pose({"hip": 0.0}, {}), replace(action, box=replace(action.box, scale=(1.0,) * 3))
+    once = responses(smooth, action, 1, 0.1, pose, contacts=False)
+    twice = responses(smooth, larger, 1, 0.1, pose, contacts=False)
     np.testing.assert_allclose(twice, 2 * once, rtol=1e-6, atol=1e-12)
+
+
+def test_a_response_leaves_the_model_as_it_was(model: Model) -> None:
+    before = model.opt.disableflags
+    responses(model, action_of(model), 1, 0.1, Pose({}, {}), contacts=False)
+    assert model.opt.disableflags == before

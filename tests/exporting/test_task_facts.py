@@ -162,6 +162,10 @@ def test_the_running_go1_task_refutes_wrong_orders_terms_and_delays() -> None:
     document = document_of(facts)
     turned = replace(facts.action, names=facts.action.names[::-1], joints=facts.action.joints[::-1])
     assert moved_outputs(replace(document, action=turned), env, facts.model)[1] is False
+    assert facts.action.target is not None
+    twice = replace(facts.action, target=replace(facts.action.target, scale=(2.0,) * 12))
+    sentence, right = moved_outputs(replace(document, action=twice), env, facts.model)
+    assert right is False and "FR_hip moves 0.2" in sentence and "times as far as in the model" in sentence
     terms = _exchanged(facts, "joint_positions", "joint_velocities")
     exchanged = replace(facts.observation, terms=terms)
     assert moved_outputs(replace(document, observation=exchanged), env, facts.model)[1] is False
