@@ -24,7 +24,7 @@ from typing import Any
 
 from rlplastic.config import EnvConfig
 from rlplastic.deploy.document import Action, AffineMap, CommandRange, Joint, Observation, ObservationTerm, Timing
-from rlplastic.envs.base import VectorEnv
+from rlplastic.envs import VectorEnv, make_envs
 from rlplastic.errors import EnvironmentContractError
 from rlplastic.exporting import model_facts
 from rlplastic.exporting.model_facts import Model
@@ -84,8 +84,21 @@ class _Source:
     options: Any
 
 
-def task_facts(env: EnvConfig, envs: VectorEnv) -> TaskFacts:
-    """Everything that can be known of a task; ``envs`` are a few of its environments."""
+def task_facts(env: EnvConfig) -> TaskFacts:
+    """Everything that can be known of a task, read anew from one of its environments.
+
+    Raises:
+        ConfigurationError: unknown backend, family, task or option.
+        EnvironmentContractError: the task breaks the contract of `rlplastic.envs.base`.
+    """
+    envs = make_envs(env, seed=0, role="eval", num_envs=1)
+    try:
+        return _facts(env, envs)
+    finally:
+        envs.close()
+
+
+def _facts(env: EnvConfig, envs: VectorEnv) -> TaskFacts:
     box = AffineMap(
         scale=tuple(((envs.action_high - envs.action_low) / 2).tolist()),
         offset=tuple(((envs.action_high + envs.action_low) / 2).tolist()),
