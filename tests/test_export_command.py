@@ -104,11 +104,18 @@ def test_an_actor_with_a_nan_is_refused_and_leaves_nothing(tmp_path: Path) -> No
     assert entries(run) == {"checkpoints", "config.yaml"}
 
 
-def test_an_export_that_was_killed_between_two_renames_is_given_back(tmp_path: Path) -> None:
+def test_an_export_that_was_set_aside_when_its_replacement_was_killed_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = run_of(tmp_path / "run", PENDULUM)
-    rlplastic.export_policy(run, episodes=2)
-    (run / "export").rename(run / ".export.replaced")
-    rlplastic.export_policy(run, episodes=2)
+    old = contents(rlplastic.export_policy(run, episodes=2).path)
+    (run / "export").rename(run / build.ASIDE)
+    monkeypatch.setattr(build, "verify", lambda folder, original: [verification.Check("all", "bad", "good", False)])
+    with pytest.raises(
+        ExportError, match=r"is not the trained policy: all \(bad; expected good\); nothing was written"
+    ):
+        rlplastic.export_policy(run, episodes=2)
+    assert contents(run / "export") == old
     assert entries(run) == {"checkpoints", "config.yaml", "export"}
 
 

@@ -25,6 +25,8 @@ from rlplastic.policy import load_policy
 from rlplastic.run_directory import remedy, sync_directory
 
 GOLDEN_ROWS = 64
+ASIDE = ".export.replaced"
+"""Name of the old export between the two renames that replace it."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ def export_policy(
     """
     path = Path(run)
     policy = load_policy(path, warn=warn)
+    if (path / ASIDE).exists() and not (path / "export").exists():  # an export was killed between its two renames
+        (path / ASIDE).rename(path / "export")
     seed = policy.config.seed
     evaluation = evaluate(policy.act, policy.env, seed=seed, episodes=episodes)
     original = Original(policy, task_facts(policy.env), real_observations(policy, seed, ROWS // 2), evaluation, seed)
@@ -121,9 +125,7 @@ def _golden(original: Original) -> tuple[Rows, Rows, Rows]:
 
 def _publish(staging: Path, final: Path) -> None:
     """Put the staged folder in place with renames only; until the second one the old export is beside it, whole."""
-    aside = final.with_name(".export.replaced")
-    if aside.exists() and not final.exists():  # a process was killed between the two renames
-        aside.rename(final)
+    aside = final.with_name(ASIDE)
     shutil.rmtree(aside, ignore_errors=True)
     if final.exists():
         final.rename(aside)

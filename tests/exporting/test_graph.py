@@ -23,7 +23,7 @@ from rlplastic.deploy.document import (
     ObservationTerm,
     Provenance,
 )
-from rlplastic.exporting.fold import fold
+from rlplastic.exporting.fold import Affine, Folded, Relu, fold
 from rlplastic.exporting.graph import metadata_of, onnx_model, torchscript
 
 BOX = AffineMap((0.4, 2.0, 1.0), (0.0, 1.0, -3.0), (-0.4, -1.0, -4.0), (0.4, 3.0, -2.0), True)
@@ -35,7 +35,11 @@ ACTORS = {
 
 
 def outputs(actor: Actor, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    model = onnx_model(fold(actor), BOX, {})
+    return run(fold(actor), BOX, x)
+
+
+def run(policy: Folded, box: AffineMap, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    model = onnx_model(policy, box, {})
     onnx.checker.check_model(model, full_check=True)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     actions, raw = session.run(["actions", "raw_actions"], {"obs": x})
@@ -68,12 +72,23 @@ def test_inputs_that_never_varied_lose_no_digits() -> None:
     assert np.abs(outputs(actor, x)[1] - exact(actor, x)).max() < 2e-6
 
 
+@pytest.mark.parametrize("actor", ACTORS.values(), ids=ACTORS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_number_that_is_not_finite_gives_nan_in_its_row_only(value: float) -> None:
+def test_a_number_that_is_not_finite_gives_nan_in_its_row_only(value: float, actor: Actor) -> None:
     x = rows(3, 5)
     x[1, 2] = value
-    for output in outputs(ACTORS["flashsac"], x):
+    for output in outputs(actor, x):
         assert np.isnan(output[1]).all() and np.isfinite(output[[0, 2]]).all()
+
+
+def test_infinity_gives_nan_even_where_a_relu_would_hide_it() -> None:
+    one = np.ones((1, 1))
+    hiding = Folded(1, 1, (Affine(-one, np.zeros(1)), Relu(), Affine(one, np.zeros(1))))
+    box = AffineMap((1.0,), (0.0,), (-1.0,), (1.0,), True)
+    x = np.array([[np.inf], [-2.0]], np.float32)
+    script = [output.numpy() for output in torchscript(hiding, box)(torch.from_numpy(x))]
+    for output in (*run(hiding, box, x), *script):
+        assert np.isnan(output[0]).all() and output[1] == pytest.approx(np.tanh(2.0))
 
 
 def test_torchscript_equals_the_graph_for_any_number_of_rows() -> None:
