@@ -17,6 +17,7 @@ COLUMNS = {
     "loop": ["task", "envs", "threads", "raw envpool", "loop", "ratio"],
     "scaling": ["part", "size", "us", "relative", "of raw"],
     "monitor": ["agent", "width", "batch", "update ms", "forward ms", "ranks ms", "share"],
+    "export": ["width", "runtime", "p50 us", "p99 us", "p99 below 1 ms"],
     "update": ["width", "batch", "precision", "compile", "update ms", "floor ms", "ratio", "GFLOP"],
 }
 QUICK = ["quick=true", "repeats=2", "threads=1"]
