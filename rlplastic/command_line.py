@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
@@ -159,6 +159,11 @@ def flatten(config: object, prefix: str = "") -> dict[str, Any]:
     for name, value in config.items():
         flat |= flatten(value, f"{prefix}.{name}" if prefix else str(name))
     return flat
+
+
+def within(key: str, sections: Collection[str]) -> bool:
+    """Whether a dotted key is one of ``sections`` or lies in one of them."""
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
 def override_key(override: str) -> str:

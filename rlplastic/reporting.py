@@ -10,6 +10,8 @@ from dataclasses import asdict
 import numpy as np
 from numpy.typing import NDArray
 
+from rlplastic.command_line import flatten, within
+from rlplastic.config import HANDLING
 from rlplastic.envs.base import Observation
 from rlplastic.errors import LogWriteError
 from rlplastic.evaluation import Evaluation, evaluate
@@ -199,6 +201,10 @@ class Reporter:
         """
         with self.view.during("saving"):
             with self._logging():
+                if finished:
+                    settings = flatten(asdict(self.session.config))
+                    told = {key: value for key, value in settings.items() if not within(key, HANDLING)}
+                    self.tracker.hyperparameters(self.session.progress.transitions, told, "eval/return_mean")
                 self.tracker.flush()
             if finished and self._unwritten:
                 raise LogWriteError(

@@ -19,7 +19,7 @@ from rlplastic.agents import make_agent, working_bytes
 from rlplastic.checkpoint import CheckpointStore, Loaded
 from rlplastic.command_line import override_key
 from rlplastic.composition import compose
-from rlplastic.config import Config, SACConfig
+from rlplastic.config import HANDLING, Config, SACConfig
 from rlplastic.errors import ConfigurationError, telling_of_memory
 from rlplastic.evaluation import Evaluation
 from rlplastic.initialisation import initialise
@@ -33,19 +33,7 @@ from rlplastic.session import Session, build
 from rlplastic.terminal import View, banner
 from rlplastic.tracking import Tracker
 
-IDENTITY_IGNORES = (
-    "env_steps",
-    "max_minutes",
-    "evaluation",
-    "checkpoint",
-    "tracking",
-    "fresh",
-    "resume",
-    "accept_machine",
-    "runs",
-    "name",
-    "profile",
-)
+IDENTITY_IGNORES = ("env_steps", "max_minutes", *HANDLING)
 """Settings that do not make a run a different one: stop conditions, cadences, logging, and where it lies."""
 
 MONITOR = {
@@ -192,6 +180,9 @@ def _train(config: Config, choices: list[Choice], directory: RunDirectory, view:
         if config.compile == "on":
             view.note("the first updates compile the learner, which takes 20 to 60 seconds on two cores")
         with Tracker(directory.path) as tracker, view:
+            if loaded is None:
+                written = (directory.path / "config.yaml").read_text(encoding="utf-8")
+                tracker.text("configuration", f"```yaml\n{written}```", 0)
             reporter = Reporter(session, tracker, view)
             train(session, reporter)
             peak = resources.peak_bytes()  # a film's renderer is no part of training

@@ -38,6 +38,7 @@ from rlplastic.plasticity.decision_loop import PlasticityMonitor
 from rlplastic.plasticity.interventions import full_reset
 from rlplastic.plasticity.monitor import Evidence, Rules
 from rlplastic.plasticity.patient import Patient
+from rlplastic.plasticity.ranks import effective_rank
 from rlplastic.replay import ReplayRing, Sampler
 from rlplastic.replay.sample import Batch
 
@@ -51,7 +52,6 @@ TAIL = 0.05
 LONGEST = 300
 PROBED = 128
 """Rows of an optimizer step of a probe."""
-UNAVAILABLE = "unavailable: no episode is held out (replay.holdout)"
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ def rules_of(config: MonitorConfig, planned: int | None) -> Rules:
         probe_steps=config.probe_steps,
         probe_functions=config.probe_functions,
         ill=config.ill,
+        ill_gap=config.ill_gap,
         healthy=config.healthy,
         ladder=tuple(config.ladder),
         max_interventions=config.max_interventions,
@@ -144,6 +145,7 @@ class Watcher:
         self._common: Common | None = None
         self._before: dict[str, Tensor] | None = None
         self._probe_batch: Inputs | None = None
+        self._norms: dict[str, float] = {}
         self._initial = self._weights()
         self._previous, self._previous_at = self._initial, agent.updates
 
@@ -177,21 +179,27 @@ class Watcher:
     # What the monitor asks: readings
 
     def measure(self, tier: Literal["forward", "ranks"], updates: int) -> tuple[dict[str, float], dict[str, float]]:
-        """Metrics on a fresh batch, beside those of fresh networks; also told: the same on a batch that stays."""
+        """Metrics on a fresh batch, and what alarms compare them with: those of fresh networks.
+
+        Units are told on a batch that stays, too.
+        """
         if tier == "ranks" and not self._ranks:
             return {}, {}
         inputs = self._draw(updates)
         if self._probe_batch is None:
             self._probe_batch = inputs
         found, silent = self._measure(self.agent, inputs, tier, past=True)
-        fresh, _ = self._measure(self._fresh(inputs), inputs, tier)
-        kept, _ = self._measure(self.agent, self._probe_batch, tier)
-        told = found | {name.replace("plasticity/", "plasticity/frozen/", 1): value for name, value in kept.items()}
+        told = dict(found)
         record: dict[str, Any] = {"event": "measurement", "updates": updates, "tier": tier}
-        if tier == "forward":
+        if tier == "ranks":
+            fresh = self._fresh_ranks(inputs)
+        else:
+            fresh = self._fresh_norms(inputs)
+            kept, _ = self._measure(self.agent, self._probe_batch, tier)
+            told |= {name.replace("plasticity/", "plasticity/frozen/", 1): value for name, value in kept.items()}
             outside = self._held_out(inputs, updates)
             told |= outside
-            record["held_out_td_error"] = "measured" if outside else UNAVAILABLE
+            record["held_out_td_error"] = "measured" if outside else self._unavailable
             self._previous, self._previous_at = self._weights(), updates
         record |= {"values": told, "fresh": fresh, "uninformative": silent}
         shown: dict[str, Tensor] = {}
@@ -222,6 +230,28 @@ class Watcher:
         for patient in patients(fresh, inputs).values():
             full_reset(patient, self._key("fresh"))
         return fresh
+
+    def _fresh_norms(self, inputs: Inputs) -> dict[str, float]:
+        """How large fresh weights are: measured once, since it depends on no batch."""
+        if not self._norms:
+            fresh, _ = self._measure(self._fresh(inputs), inputs, "forward")
+            self._norms = {name: value for name, value in fresh.items() if name.endswith("/weight_norm")}
+        return self._norms
+
+    def _fresh_ranks(self, inputs: Inputs) -> dict[str, float]:
+        """Effective ranks of fresh networks on this batch; other ranks raise no alarm."""
+        found = {}
+        for name, subject in subjects(self._fresh(inputs)).items():
+            layers = subject.read(inputs)
+            for layer in subject.rank_layers or ():
+                rank = effective_rank(layers[layer].values).mean()
+                found[f"plasticity/{name}/{layer}/effective_rank"] = float(rank)
+        return found
+
+    @property
+    def _unavailable(self) -> str:
+        """Why nothing can be said of held-out episodes."""
+        return "unavailable: " + ("too few are there yet" if self.config.replay.holdout else "replay.holdout is 0")
 
     def _held_out(self, trained: Inputs, updates: int) -> dict[str, float]:
         if not self.replay.held_out:
@@ -275,7 +305,7 @@ class Watcher:
         held_out = self.replay.held_out >= FEW
         short = self._draw(self.agent.updates, held_out=held_out)
         long = self._draw(self.agent.updates, self._horizon, held_out)
-        source = "held-out episodes" if held_out else f"replay that training samples too; held-out ones {UNAVAILABLE}"
+        source = "held-out episodes" if held_out else f"replay that training samples too; held-out {self._unavailable}"
         self._common = Common(
             short.critic_observation,
             short.observation,

@@ -191,7 +191,7 @@ class PlasticityMonitor(Generic[L]):
         ill = is_ill(found[worst], self.rules)
         if alarms and not ill:
             self.false_alarms += 1
-            self._tolerated |= {alarm.metric: alarm.value for alarm in alarms}
+            self._tolerated |= {alarm.metric: alarm.value for alarm in alarms if math.isfinite(alarm.value)}
         for name, result in found.items():
             self._tell(
                 "probe",
@@ -335,7 +335,7 @@ class PlasticityMonitor(Generic[L]):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and words; the branch's weights are the host's to save."""
+        """Plain numbers and words; the branch's weights are the host's to save. JSON may hold None for a NaN of it."""
         case = None
         if self.case is not None:
             case = {name: value for name, value in vars(self.case).items() if name != "branch"}
@@ -358,7 +358,8 @@ class PlasticityMonitor(Generic[L]):
         self.case = None
         if state["case"] is not None:
             assert branch is not None, "a case comes with its branch"
-            self.case = Case(branch, **state["case"])
+            ratio = state["case"]["ratio"]
+            self.case = Case(branch, **{**state["case"], "ratio": math.nan if ratio is None else ratio})
         self.recovery = None if state["recovery"] is None else Recovery.load(state["recovery"])
         self.interventions, self.false_alarms = state["interventions"], state["false_alarms"]
         self.examinations, self.spent = state["examinations"], state["spent"]

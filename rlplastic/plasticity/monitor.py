@@ -59,6 +59,7 @@ class Rules:
     probe_steps: int = 300
     probe_functions: int = 3
     ill: float = 1.5
+    ill_gap: float = 0.1
     healthy: float = 1.2
     ladder: tuple[str, ...] = ("optimizer_reset", "last_layer_reset", "shrink_and_perturb", "full_reset")
     max_interventions: int = 4
@@ -155,8 +156,13 @@ def probe(patients: Mapping[str, Patient], key: int, rules: Rules) -> dict[str, 
 
 
 def is_ill(found: Probe, rules: Rules) -> bool:
-    """Whether the slowest member learns too slowly; a probe that met a NaN counts as ill."""
-    return not found.worst <= rules.ill
+    """Whether a member learns too slowly; one that met a NaN counts as ill.
+
+    By ratio and by area: where both networks learn nearly all at once, as categorical critics do, the ratio of two
+    small areas says nothing.
+    """
+    areas = zip(found.members, found.areas, found.fresh_areas, strict=True)
+    return any(not (ratio <= rules.ill or area - fresh <= rules.ill_gap) for ratio, area, fresh in areas)
 
 
 # Act
@@ -259,8 +265,8 @@ class Verdict:
 
     @property
     def gain(self) -> float:
-        """How much smaller the branch's error against returns is, as a share of the twin's."""
-        return 1 - self.branch.return_error / max(self.twin.return_error, 1e-12)
+        """How much smaller the branch's error against returns is, as a share of the twin's (taken as 0.01 at least)."""
+        return 1 - self.branch.return_error / max(self.twin.return_error, 0.01)
 
 
 def standing(values: Tensor, returns: Tensor, frozen: Tensor) -> Standing:

@@ -130,6 +130,32 @@ class Patient:
         found = found if found.dim() == self.lead + 2 else found.unsqueeze(-1)
         return found if self.lead else found.unsqueeze(0)
 
+    def fresh_parameters(self, key: int) -> dict[str, Tensor]:
+        """Parameters of a fresh network by name, detached.
+
+        Raises:
+            ConfigurationError: they are not those of the module in name and shape.
+        """
+        fresh = {name: value.detach() for name, value in self.fresh(key).named_parameters()}
+        for name, value in self.module.named_parameters():
+            if name not in fresh or fresh[name].shape != value.shape:
+                raise ConfigurationError(
+                    f"a fresh {self.name} has no parameter {name!r} of shape {tuple(value.shape)}; "
+                    "expected fresh= to make a network of the same sizes"
+                )
+        return fresh
+
+    def check_states(self) -> None:
+        """Refuse a patient whose running statistics nothing could re-estimate.
+
+        Raises:
+            ConfigurationError: there are batch norms and no states.
+        """
+        if self.has_running_statistics and not self.states:
+            raise ConfigurationError(
+                f"{self.name} has batch norms, whose statistics need replay rows; expected a patient made with states"
+            )
+
     def project(self) -> None:
         """Re-project the live module's norms, where they are bounded."""
         self.bound(self.module)()
@@ -146,13 +172,10 @@ def reestimate(patient: Patient, module: nn.Module) -> None:
     Raises:
         ConfigurationError: there are batch norms and no states.
     """
-    norms: list[Any] = [part for part in module.modules() if isinstance(getattr(part, "running_mean", None), Tensor)]
-    if not norms:
+    if not patient.has_running_statistics:
         return
-    if not patient.states:
-        raise ConfigurationError(
-            f"{patient.name} has batch norms, whose statistics need replay rows; expected a patient made with states"
-        )
+    patient.check_states()
+    norms: list[Any] = [part for part in module.modules() if isinstance(getattr(part, "running_mean", None), Tensor)]
     kept = [(norm, norm.momentum) for norm in norms]
     try:
         for norm in norms:
@@ -234,5 +257,8 @@ def hidden_layers(
 def keyed(module: nn.Module, key: int) -> Iterator[None]:
     """Buffers, modes and random states of ``module`` are put back at the end; inside, torch's draws are ``key``'s."""
     with untouched(module):
-        torch.manual_seed(key)
+        torch.default_generator.manual_seed(key)
+        for device in {p.device for p in module.parameters() if p.device.type == "cuda"}:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(key)
         yield

@@ -18,10 +18,6 @@ def trainable(patient: Patient) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in patient.module.named_parameters() if value.requires_grad}
 
 
-def _fresh(patient: Patient, key: int) -> dict[str, Tensor]:
-    return {name: value.detach() for name, value in patient.fresh(key).named_parameters()}
-
-
 def batch_norm_reestimation(patient: Patient, key: int) -> Applied:
     """Running statistics become those of replay rows; nothing else moves.
 
@@ -46,13 +42,13 @@ def last_layer_reset(patient: Patient, key: int) -> Applied:
     """
     if not patient.head:
         raise ConfigurationError(f"{patient.name} does not tell its head; expected names of parameters in head=")
-    fresh = _fresh(patient, key)
+    fresh = patient.fresh_parameters(key)
     return treat(patient, "last_layer_reset", {name: Edit(fresh[name]) for name in patient.head}, new_policy=True)
 
 
 def full_reset(patient: Patient, key: int) -> Applied:
     """Every trainable parameter becomes fresh (arXiv 2205.07802), and the target a copy."""
-    fresh = _fresh(patient, key)
+    fresh = patient.fresh_parameters(key)
     edits = {name: Edit(fresh[name]) for name in trainable(patient)}
     return treat(patient, "full_reset", edits, target="copy", new_policy=True)
 
@@ -69,7 +65,7 @@ def shrink_and_perturb(patient: Patient, key: int, shrink: float = 0.8, perturb:
         shrink: what stays.
         perturb: what a fresh network adds.
     """
-    fresh, named = _fresh(patient, key), trainable(patient)
+    fresh, named = patient.fresh_parameters(key), trainable(patient)
     angle = math.atan2(perturb, shrink)
 
     def moved(old: Mapping[str, Tensor]) -> dict[str, Edit]:

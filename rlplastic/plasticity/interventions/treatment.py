@@ -22,7 +22,10 @@ from rlplastic.plasticity.patient import Patient, Snapshot, reestimate, snapshot
 Follow = Literal["entries", "copy", "kept"]
 """What a target does: take over the edited entries, become a copy of the module, or nothing."""
 SCHEDULE = "kept: rates follow the budget, not the age of a weight"
-STATISTICS = "running statistics reset and re-estimated on replay rows; those of observations and rewards kept"
+RE_ESTIMATED = "running statistics re-estimated on replay rows; those of observations and rewards kept"
+KEPT = "those of observations and rewards kept; none of the network's own are concerned"
+WORDS = ("name", "patient", "optimizer", "target", "statistics", "temperature", "schedule", "cooldown", "updates")
+"""What a log tells of an intervention as it is."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Applied:
         schedule: what became of the learning rate's schedule.
         rebase: parameters whose references (distance from init, anchors, averages) start from now.
         cooldown: whether nothing else may be done until the network has settled.
-        updates: cost in optimizer steps.
+        updates: cost in updates, rounded up: a pass over the states to score units, one to re-estimate statistics.
         before: to roll back with `rlplastic.plasticity.patient.restore`; None of what acts in every update.
     """
 
@@ -69,18 +72,7 @@ class Applied:
 
     def evidence(self) -> dict[str, object]:
         """The same as plain numbers and words, for a log."""
-        words = (
-            "name",
-            "patient",
-            "optimizer",
-            "target",
-            "statistics",
-            "temperature",
-            "schedule",
-            "cooldown",
-            "updates",
-        )
-        found: dict[str, object] = {word: getattr(self, word) for word in words}
+        found: dict[str, object] = {word: getattr(self, word) for word in WORDS}
         found["parameters"] = {name: "all" if mask is None else int(mask.sum()) for name, mask in self.touched.items()}
         found["units"] = {name: int(mask.sum()) for name, mask in self.units.items()}
         found["rebase"] = list(self.rebase)
@@ -119,6 +111,8 @@ def treat(
     Raises:
         ConfigurationError: running statistics need states that the patient does not have.
     """
+    if statistics:
+        patient.check_states()
     before = snapshot(patient) if rollback else None
     forgotten = {key: edit.mask for key, edit in edits.items()} if memory is None else memory
     _write(patient.module, edits)
@@ -127,15 +121,17 @@ def treat(
     for key, mask in forgotten.items():
         if id(named[key]) in moved:  # frozen parameters may be left out of an optimizer
             forget(patient.optimizer, named[key], mask)
-    patient.project()
+    if edits:
+        patient.project()
     _follow(patient, edits, target, target_edits)
     networks = [patient.module] if patient.target is None else [patient.module, patient.target]
     for network in networks if statistics else []:
         reestimate(patient, network)
-    anew = new_policy and patient.temperature is not None
-    if anew and patient.temperature is not None:
-        log_alpha, optimizer = patient.temperature
-        forget(optimizer, log_alpha)
+    temperature = patient.temperature if new_policy else None
+    if temperature is not None:
+        log_alpha, its_optimizer = temperature
+        forget(its_optimizer, log_alpha)
+    has_statistics = statistics and patient.has_running_statistics
     return Applied(
         name=name,
         patient=patient.name,
@@ -143,14 +139,12 @@ def treat(
         units=dict(units or {}),
         optimizer=_memory_in_words(forgotten),
         target=_target_in_words(patient, edits, target),
-        statistics=STATISTICS
-        if statistics and patient.has_running_statistics
-        else "none of the network's own; those of observations and rewards kept",
-        temperature="alpha kept, its optimizer started anew" if anew else "kept",
+        statistics=RE_ESTIMATED if has_statistics else KEPT,
+        temperature="kept" if temperature is None else "alpha kept, its optimizer started anew",
         schedule=SCHEDULE,
         rebase=tuple(edits),
         cooldown=bool(edits or forgotten or statistics),
-        updates=0,
+        updates=(units is not None) + has_statistics,
         before=before,
     )
 

@@ -80,7 +80,7 @@ def replace_units(
     chosen = [layer for layer in patient.hidden if bool(masks[layer.name].any())]
     if not chosen:
         return treat(patient, name, {}, units=masks, statistics=False, rollback=rollback)
-    fresh = dict(patient.fresh(key).named_parameters())
+    fresh = patient.fresh_parameters(key)
     named = dict(patient.module.named_parameters())
     edits: dict[str, Edit] = {}
 
