@@ -24,6 +24,8 @@ class Progress:
     """How often the environments were built anew."""
     built_at: int = 0
     """The vector step at which they were built last."""
+    built_after: int = 0
+    """The transitions by then."""
     train_seconds: float = 0.0
     """Wall time of all attempts that led here, evaluation excluded."""
 

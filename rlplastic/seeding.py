@@ -3,7 +3,7 @@
 Two kinds. `key` hashes names and numbers to an integer seed, for generators that are re-seeded before each use
 (`generator`) and for the environments' construction seeds. `philox` is the counter-based generator Philox4x32-10
 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011): the same words on every device and in every
-kernel, used for replay indices. torch is imported by what makes tensors only, so that a policy can be played without it.
+kernel, used for replay indices. Only what makes tensors imports torch, so that a policy can be played without it.
 """
 
 from __future__ import annotations
