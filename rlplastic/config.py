@@ -63,6 +63,8 @@ class EnvConfig:
     """gymnasium backend only: environment transitions after which the task switches; None: it never does."""
     switch: str = "friction"
     """What switches then: `friction`, or the order of `observations` or of `actions`; read with `switch_every` only."""
+    switch_seed: int = 0
+    """Which sequence of tasks a run goes through, whatever its `seed`: runs to be compared meet the same tasks."""
     switch_friction: list[float] = field(default_factory=lambda: [0.02, 2.0])
     """Factor on friction, drawn log-uniformly between these for every task (arXiv 2306.13812, its code)."""
 

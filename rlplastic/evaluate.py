@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> None:
 
         path = run / "videos" / f"step_{policy.step:012d}.mp4"
         with console.status("recording an episode"):
-            reason = record(policy.act, policy.env, path, seed=seed)
+            reason = record(policy.act, policy.env, path, seed=seed, transitions=policy.step)
         view.note(f"  no video: {reason}" if reason else f"  video at {path}")
 
 

@@ -48,7 +48,7 @@ def make_envs(
     count = config.num_envs if num_envs is None else num_envs
     if count is None or count < 1:
         raise ConfigurationError(f"env.num_envs={count} was given; expected a number of at least 1")
-    clock = Clock(seed, transitions, pace=count if role == "train" else 0)
+    clock = Clock(transitions, pace=count if role == "train" else 0)
     return build_envs(config, environment_seeds(seed, role, rank, count, rebuild), clock)
 
 

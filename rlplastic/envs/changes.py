@@ -2,7 +2,8 @@
 
 Randomisation draws every perturbation of `rlplastic.envs.perturbation` uniformly from its range (``env.randomise``),
 keyed by (construction seed, name, episode). Switches make a run non-stationary, as studies of plasticity need it
-(``env.switch``): all environments of a run go through the same sequence of tasks, task k being drawn by (run seed, k):
+(``env.switch``): all environments of a run go through the same sequence of tasks, task k being drawn by
+(``env.switch_seed``, k), so that runs of other seeds and agents meet the same tasks:
 
     friction       a factor on all friction, log-uniform ("Slippery Ant", arXiv 2306.13812)
     observations   a permutation of the elements of the observation
@@ -30,11 +31,10 @@ if TYPE_CHECKING:
 class Clock:
     """Where in a run's sequence of tasks an environment is.
 
-    seed: of the run; transitions: of the run when the environment was built; pace: transitions of the run in one step
-    of the environment, which is the number of environments in training, and 0 in evaluations: no task changes then.
+    transitions: of the run when the environment was built; pace: transitions of the run in one step of the environment,
+    which is the number of environments in training, and 0 in evaluations: no task changes then.
     """
 
-    seed: int = 0
     transitions: int = 0
     pace: int = 0
 
@@ -84,11 +84,11 @@ def drawn(ranges: RandomiseConfig, seed: int, episode: int) -> Perturbation:
 
 
 def drawn_friction(span: list[float], seed: int, task: int) -> float:
-    """The factor of friction in task number ``task`` of a run."""
+    """The factor of friction in task number ``task`` of the sequence ``seed``."""
     low, high = math.log(span[0]), math.log(span[1])
     return math.exp(low + fraction("switch friction", seed, task) * (high - low))
 
 
 def drawn_order(what: str, seed: int, task: int, size: int) -> NDArray[np.int64]:
-    """The permutation of ``what`` in task number ``task`` of a run."""
+    """The permutation of ``what`` in task number ``task`` of the sequence ``seed``."""
     return np.random.Generator(np.random.Philox(key(f"switch {what}", seed, task))).permutation(size)

@@ -74,16 +74,16 @@ class Randomised(gymnasium.Wrapper[Any, Any, Any, Any]):
         self._episode += 1
         self._step = 0
         perturbation = drawn(self._config.randomise, self._seed, self._episode)
-        task, run = self.task, self._clock.seed
+        task, sequence = self.task, self._config.switch_seed
         switch = self._config.switch if self._config.switch_every is not None else None
         if switch == "friction":
-            perturbation.friction *= drawn_friction(self._config.switch_friction, run, task)
+            perturbation.friction *= drawn_friction(self._config.switch_friction, sequence, task)
         if self._dynamics is not None:
             self._dynamics.perturb(perturbation, key("push", self._seed, self._episode))
         self._signals = Signals(perturbation, self._middle, key("noise", self._seed, self._episode))
         observation, info = self.env.reset(seed=seed, options=options)
-        self._sees = drawn_order(switch, run, task, len(observation)) if switch == "observations" else None
-        self._acts = drawn_order(switch, run, task, len(self._middle)) if switch == "actions" else None
+        self._sees = drawn_order(switch, sequence, task, len(observation)) if switch == "observations" else None
+        self._acts = drawn_order(switch, sequence, task, len(self._middle)) if switch == "actions" else None
         return self._seen(observation), info
 
     def step(self, action: Array) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
