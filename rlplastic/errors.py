@@ -57,6 +57,12 @@ class LogWriteError(RlplasticError):
     """A log could not be written (full disk, lost permission); exit code 1."""
 
 
+class ExportError(RlplasticError):
+    """An exported policy does not do what the trained one does, or says what is not so; exit code 5."""
+
+    exit_code = 5
+
+
 class Interrupted(RlplasticError):
     """SIGINT, SIGTERM or SIGHUP arrived; the step was finished and the run saved; exit code 130."""
 

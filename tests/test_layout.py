@@ -26,12 +26,13 @@ Archives = tuple[list[str], list[str]]
 """Names in the sdist and in the wheel built from it."""
 
 LAYERS = (
-    {"errors", "seeding", "config", "distributed", "command_line"},
+    {"errors", "seeding", "config", "distributed", "command_line", "deploy"},
     {"kernels"},
     {"agents", "envs", "replay", "plasticity"},
     set(),  # the services around the loop: every module that is named nowhere else
     {"loop"},
-    {"train", "evaluate", "export", "play", "report", "diagnose", "bench", "benchmarking", "training", "rlplastic"},
+    {"train", "evaluate", "export", "play", "report", "diagnose", "bench", "benchmarking", "exporting", "training"}
+    | {"rlplastic"},
 )
 """Lowest first; a module imports from its own layer and those below. `training` is what the verb `train` calls."""
 SERVICES = 3

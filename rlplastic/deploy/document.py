@@ -1,11 +1,11 @@
 """The document that travels with a policy: what its inputs and outputs mean, in full precision.
 
-One JSON object, the same in ``policy.json`` and in the ONNX file's metadata under the key ``rlplastic``. A fact that the
-exporter could not read from the task or its model is null or an empty list: nothing here is ever guessed. docs/deploy.md
-explains it key by key.
+One JSON object, the same in ``policy.json`` and in the ONNX file's metadata under the key ``rlplastic``. A fact that
+the exporter could not read from the task or its model is null or an empty list: nothing here is ever guessed.
+docs/deploy.md explains it key by key.
 
-Two orders exist and are not the same: *outputs* (columns of ``actions``, the actuators' order) and *joints* (the model's
-own order). Lists in `Action` are in the order of outputs; each `Joint` names the output that drives it.
+Two orders exist and are not the same: *outputs* (columns of ``actions``, the actuators' order) and *joints* (the
+model's own order). Lists in `Action` are in the order of outputs; each `Joint` names the output that drives it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ Numbers = tuple[float, ...]
 
 @dataclass(frozen=True)
 class ObservationTerm:
-    """Columns ``start`` to ``stop`` of one frame: clip(scale * value + offset), the newest ``history`` values in order.
+    """Columns ``start`` to ``stop`` of one frame: clip(scale * value + offset), ``history`` values in order.
 
     scale and offset have one number for each of the ``(stop - start) / history`` elements of a value; they are what the
     *task* does to a value before the policy sees it, and what a robot has to do too. The policy's own normaliser is
-    inside the graph.
+    inside the graph. elements: names of a value's elements, joints by their names, where they are known. delay: policy
+    steps by which the newest value used is older than the newest there is.
     """
 
     name: str
@@ -42,9 +43,11 @@ class ObservationTerm:
     stop: int
     scale: Numbers
     offset: Numbers
+    elements: tuple[str, ...] = ()
     clip: tuple[float, float] | None = None
     history: int = 1
     order: Order = "oldest_first"
+    delay: int = 0
 
     @property
     def width(self) -> int:
@@ -60,6 +63,12 @@ class Observation:
     terms: tuple[ObservationTerm, ...]
     frames: int = 1
     order: Order = "oldest_first"
+
+    def newest(self, term: ObservationTerm) -> slice:
+        """Columns of the newest value of a term."""
+        frame = (self.frames - 1) * (self.width // self.frames) if self.order == "oldest_first" else 0
+        start = frame + term.start + ((term.history - 1) * term.width if term.order == "oldest_first" else 0)
+        return slice(start, start + term.width)
 
 
 @dataclass(frozen=True)
@@ -77,27 +86,28 @@ class AffineMap:
 class Action:
     """The outputs, in their order.
 
-    names: actuators (the task's model names them; empty where there is no model); joints: the one that each drives, null
-    where it drives another thing; kind: what the actuator's command is; box: from ``raw_actions`` in [-1, 1] to
-    ``actions``; target: from ``actions`` to the actuators' commands where the task itself still maps them, else null and
-    ``actions`` are the commands.
+    box: from ``raw_actions`` in [-1, 1] to ``actions``; target: from ``actions`` to the actuators' commands where the
+    task itself still maps them, else null and ``actions`` are the commands. names: of the actuators, as the task's
+    model has them, empty without a model; joints: the one that each drives, null where it drives another thing; kind:
+    what a command is (a torque is gear * command); gear: of each actuator.
     """
 
     width: int
     box: AffineMap
+    target: AffineMap | None = None
     names: tuple[str, ...] = ()
     joints: tuple[str | None, ...] = ()
     kind: tuple[Kind, ...] = ()
-    target: AffineMap | None = None
+    gear: Numbers = ()
 
 
 @dataclass(frozen=True)
 class Joint:
-    """A hinge or slide of the model; positions in radians or metres, kp and kd of the actuator that drives it.
+    """A hinge or slide of the model; radians or metres, newton metres or newtons.
 
-    output: index of the output that drives it; default_position: of the model's first keyframe, else its reference pose;
-    kp, kd: gains of a position servo (kd also of a velocity servo), null for torques; damping, friction: of the joint
-    itself; effort: limits of the actuator's force.
+    output: index of the output that drives it. default_position: of the model's keyframe ``home``, else its reference
+    pose. kp, kd: gains of a position or velocity servo, null for torques. damping, friction, armature: of the joint
+    itself. effort: limits of the actuator's force on it.
     """
 
     name: str
@@ -105,12 +115,12 @@ class Joint:
     output: int | None = None
     kp: float | None = None
     kd: float | None = None
+    damping: float | None = None
+    friction: float | None = None
+    armature: float | None = None
     lower: float | None = None
     upper: float | None = None
     effort: tuple[float, float] | None = None
-    armature: float | None = None
-    damping: float | None = None
-    friction: float | None = None
 
 
 @dataclass(frozen=True)
@@ -197,7 +207,7 @@ class Document:
                 f"the policy's document has schema_version {version}; expected {SCHEMA_VERSION}: export the run again "
                 "with this version of rlplastic, or read it with that one"
             )
-        document = _read(cls, raw, "document")
+        document: Document = _read(cls, raw, "document")
         found = problems(document)
         if found:
             raise ConfigurationError(f"the policy's document contradicts itself: {found[0]}; export the run again")
@@ -225,9 +235,10 @@ def _observation_problems(observation: Observation) -> list[str]:
         if term.history < 1 or (term.stop - term.start) % term.history:
             found.append(f"term {term.name} has {term.stop - term.start} columns for a history of {term.history}")
         elif not len(term.scale) == len(term.offset) == term.width:
-            found.append(
-                f"term {term.name} has {len(term.scale)} scales and {len(term.offset)} offsets for {term.width} elements"
-            )
+            lengths = f"{len(term.scale)} scales and {len(term.offset)} offsets"
+            found.append(f"term {term.name} has {lengths} for {term.width} elements")
+        elif term.elements and len(term.elements) != term.width:
+            found.append(f"term {term.name} has {len(term.elements)} names for {term.width} elements")
         at = term.stop
     if observation.frames < 1 or at * observation.frames != observation.width:
         found.append(f"{observation.frames} frames of {at} columns are not the width {observation.width}")
@@ -236,7 +247,12 @@ def _observation_problems(observation: Observation) -> list[str]:
 
 def _action_problems(action: Action) -> list[str]:
     found = _repeated("actuator", action.names)
-    for name, values in (("names", action.names), ("joints", action.joints), ("kind", action.kind)):
+    for name, values in (
+        ("names", action.names),
+        ("joints", action.joints),
+        ("kind", action.kind),
+        ("gear", action.gear),
+    ):
         if values and len(values) != action.width:
             found.append(f"action.{name} has {len(values)} entries for {action.width} outputs")
     for name, affine in (("box", action.box), ("target", action.target)):

@@ -1,7 +1,7 @@
 """A policy from its ONNX file alone: numpy and onnxruntime, no torch, no simulator, no run directory.
 
-The graph is the whole policy: ``obs`` (N, D) float32 in the task's units to ``actions`` (N, A) in those of the action Box
-and ``raw_actions`` (N, A) in [-1, 1]. A row with a number that is not finite gives NaN in all its outputs.
+The graph is the whole policy: ``obs`` (N, D) float32 in the task's units to ``actions`` (N, A) in those of the action
+Box and ``raw_actions`` (N, A) in [-1, 1]. A row with a number that is not finite gives NaN in all its outputs.
 """
 
 from __future__ import annotations
@@ -107,3 +107,23 @@ class OnnxPolicy:
             rows = np.flatnonzero(~np.isfinite(actions).all(axis=1))[:8].tolist()
             raise NonFiniteError(f"the observation of rows {rows} is not finite; expected numbers: look at the sensors")
         return actions
+
+
+def check_golden(policy: OnnxPolicy, golden: str | Path) -> tuple[float, int]:
+    """Largest difference of both outputs from a ``golden.npz``, and its number of rows.
+
+    The file's outputs were computed by the training actor in float64: any runtime on any machine has to come within
+    1e-5 of half the action Box.
+
+    Raises:
+        ConfigurationError: the file is missing or holds something else.
+    """
+    try:
+        with np.load(golden, allow_pickle=False) as file:
+            rows, expected = file[INPUT], [file[name] for name in OUTPUTS]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigurationError(f"{golden} cannot be read ({error}); expected the golden.npz of an export") from error
+    found = policy.run(rows)
+    half = np.asarray(policy.document.action.box.scale)
+    errors = (np.abs(found.actions - expected[0]) / half).max(), np.abs(found.raw_actions - expected[1]).max()
+    return float(max(errors)), len(rows)

@@ -1,0 +1,182 @@
+"""From a run directory to ``export/``: document, graph, golden numbers, verification, and the rename that publishes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+
+from rlplastic import __version__
+from rlplastic.deploy.document import SCHEMA_VERSION, Document, EvaluationResult, Provenance
+from rlplastic.envs import make_envs
+from rlplastic.errors import ConfigurationError, ExportError
+from rlplastic.evaluation import Evaluation, evaluate
+from rlplastic.exporting.fold import fold
+from rlplastic.exporting.graph import metadata_of, onnx_model, torchscript
+from rlplastic.exporting.proofs import real_observations
+from rlplastic.exporting.task_facts import task_facts
+from rlplastic.exporting.verification import DOCUMENT, GOLDEN, MODEL, ROWS, TORCHSCRIPT, Check, Original, Rows, verify
+from rlplastic.policy import load_policy
+from rlplastic.run_directory import remedy, sync_directory
+
+GOLDEN_ROWS = 64
+LIBRARIES = ("torch", "numpy", "onnx", "onnxruntime", "mujoco", "envpool", "gymnasium")
+
+
+@dataclass(frozen=True)
+class Export:
+    """A published export: its folder, its document, and every check that it passed."""
+
+    path: Path
+    document: Document
+    checks: tuple[Check, ...]
+
+
+def export_policy(
+    run: str | Path,
+    *,
+    episodes: int = 10,
+    with_torchscript: bool = False,
+    report: Callable[[list[Check]], None] = lambda checks: None,
+    warn: Callable[[str], None] = lambda sentence: None,
+) -> Export:
+    """Write ``<run>/export/``: policy.onnx, policy.json and golden.npz of the newest good checkpoint, verified.
+
+    Args:
+        run: the run directory.
+        episodes: of the evaluation that goes into the document, and of the closed loop.
+        with_torchscript: also write policy.pt.
+        report: called with all checks, before a failure is raised.
+        warn: called with a sentence for each damaged checkpoint that was passed over.
+
+    Raises:
+        ConfigurationError: no such run, no checkpoint, or the folder cannot be written.
+        CheckpointError: every checkpoint is damaged.
+        ExportError: a check failed; an older export is untouched.
+    """
+    path = Path(run)
+    policy = load_policy(path, warn=warn)
+    seed = policy.config.seed
+    evaluation = evaluate(policy.act, policy.env, seed=seed, episodes=episodes)
+    envs = make_envs(policy.env, seed=seed, role="eval", num_envs=1)
+    try:
+        facts = task_facts(policy.env, envs)
+    finally:
+        envs.close()
+    original = Original(policy, facts, real_observations(policy, seed, ROWS // 2), evaluation, seed)
+    document = _document(original, path)
+    staging = path / f".export.{os.getpid()}.staging"
+    try:
+        _stage(staging, document, original, with_torchscript)
+        checks = verify(staging, original)
+        report(checks)
+        failed = [check for check in checks if check.passed is False]
+        if failed:
+            raise ExportError(
+                f"the export of {path} is not the trained policy: {failed[0].name} ({failed[0].measured}; expected "
+                f"{failed[0].bound})"
+                + (f" and {len(failed) - 1} more checks" if failed[1:] else "")
+                + "; nothing was written"
+            )
+        _publish(staging, path / "export")
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path / 'export'} cannot be written ({error.strerror or error}); {remedy(error)} and export again"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return Export(path / "export", document, tuple(checks))
+
+
+def _document(original: Original, run: Path) -> Document:
+    facts, policy, evaluation = original.facts, original.policy, original.evaluation
+    manifest = policy.checkpoint / "manifest.json"
+    return Document(
+        schema_version=SCHEMA_VERSION,
+        observation=facts.observation,
+        action=facts.action,
+        joints=facts.joints,
+        timing=facts.timing,
+        quaternion_order="wxyz" if facts.has_quaternions else None,
+        commands=facts.commands,
+        absent=facts.absent,
+        provenance=Provenance(
+            environment=policy.env.task,
+            backend=facts.backend,
+            training_steps=policy.step,
+            checkpoint_sha256=hashlib.sha256(manifest.read_bytes()).hexdigest(),
+            rlplastic=__version__,
+            libraries=_versions(),
+            configuration=asdict(policy.config),
+            model_file=facts.model_file,
+            model_sha256=facts.model_sha256,
+            evaluation=_result(evaluation, original.seed),
+        ),
+    )
+
+
+def _result(evaluation: Evaluation, seed: int) -> EvaluationResult:
+    return EvaluationResult(evaluation.mean, evaluation.ci95, len(evaluation.returns), seed)
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # an environment that this policy does not need
+            continue
+    return versions
+
+
+def _stage(folder: Path, document: Document, original: Original, with_torchscript: bool) -> None:
+    """Write all files of the export into ``folder`` and flush them to the disk."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    folded = fold(original.policy.actor)
+    onnx.save(onnx_model(folded, document.action.box, metadata_of(document)), folder / MODEL)
+    (folder / DOCUMENT).write_text(document.to_json(), encoding="utf-8")
+    obs, actions, raw_actions = _golden(original)
+    np.savez(folder / GOLDEN, obs=obs, actions=actions, raw_actions=raw_actions)
+    if with_torchscript:
+        torchscript(folded, document.action.box).save(str(folder / TORCHSCRIPT))
+    for file in folder.iterdir():
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+    sync_directory(folder)
+
+
+def _golden(original: Original) -> tuple[Rows, Rows, Rows]:
+    """Real rows and multiples of them, with the training actor's own outputs, computed in float64 and rounded."""
+    real, box = original.real, original.facts.action.box
+    rows = real[np.linspace(0, len(real) - 1, GOLDEN_ROWS).astype(int)].copy()
+    rows[1::4] *= np.float32(2)
+    rows[3::8] = 0
+    actor = original.policy.actor
+    parameters = {name: tensor.double() for name, tensor in actor.state_dict().items()}
+    with torch.no_grad():
+        mean, _ = torch.func.functional_call(actor, parameters, (torch.from_numpy(rows).double(),))
+    raw = np.tanh(mean.numpy())
+    actions = np.clip(raw * np.asarray(box.scale) + np.asarray(box.offset), box.low, box.high)
+    return rows, actions.astype(np.float32), raw.astype(np.float32)
+
+
+def _publish(staging: Path, final: Path) -> None:
+    """Put the staged folder in place with renames only; until the second one the old export is beside it, whole."""
+    aside = final.with_name(".export.replaced")
+    if aside.exists() and not final.exists():  # a process was killed between the two renames
+        aside.rename(final)
+    shutil.rmtree(aside, ignore_errors=True)
+    if final.exists():
+        final.rename(aside)
+    staging.rename(final)
+    sync_directory(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
