@@ -233,8 +233,7 @@ def _mjcf_stage(policy: OnnxPolicy, options: Arguments) -> Stage:
         )
 
     def film(act: Act, perturbation: Perturbation, path: Path) -> str | None:
-        robot = make(0, perturbation)
-        return record_with(act, robot.camera(), path, max_steps=robot.max_episode_steps)
+        return record_with(act, make(0, perturbation).camera(), path)
 
     trial = make(0, Perturbation())
     return Stage(Path(str(options.mjcf)).stem, "seconds upright", make, NAMES, trial.period, film)

@@ -71,7 +71,7 @@ def record(
     return record_with(act, _camera(env, seed, size, transitions), path, max_steps)
 
 
-def record_with(act: Act, camera: AbstractContextManager[Scene], path: Path, max_steps: int) -> str | None:
+def record_with(act: Act, camera: AbstractContextManager[Scene], path: Path, max_steps: int = 1000) -> str | None:
     """Play one episode and write it to ``path``; never raises, since a missing film must not end a run.
 
     Args:

@@ -119,7 +119,6 @@ class MjcfEnv:
         self.data.qpos[columns] += noise.uniform(-START_NOISE, START_NOISE, len(columns))
         self.data.qvel[:] += noise.uniform(-START_NOISE, START_NOISE, self.model.nv)
         mujoco.mj_forward(self.model, self.data)
-        mujoco.mj_rnePostConstraint(self.model, self.data)
         self._step, self._actions = 0, np.zeros(self.action_dim)
         self._up, self._height = self.data.xmat[self._root, 6:].copy(), float(self.data.xpos[self._root, 2])
         self._assembly = Assembly(self._document.observation)

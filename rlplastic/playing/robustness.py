@@ -67,7 +67,8 @@ def sweep(
     """
     values = [(name, value) for name in names for value in SWEEP[name]]
     for axis, value in track([("", 0.0), *values]):
-        yield Row(axis, value, score(replace(base, **{axis: value}) if axis else base))
+        changed: dict[str, Any] = {axis: value} if axis else {}
+        yield Row(axis, value, score(replace(base, **changed)))
 
 
 def table(rows: Sequence[Row], unit: str) -> Table:
