@@ -39,9 +39,9 @@ class Arguments:
 
     policy: the ONNX file; env: a task, its own if left out (settings as in training: env.backend=gymnasium); mjcf: a
     MuJoCo XML file instead; command: what mjcf= commands (forward, sideways, turning), in m/s and rad/s; seconds: time
-    limit of mjcf=; episodes; seed: of starts and perturbations; realtime: wait for the end of every control period;
-    perturb: one value of each perturbation; robustness: a sweep over all of them; video: one episode as MP4; out: the
-    folder of what is written, beside the export if left out.
+    limit of mjcf=; episodes; seed: of starts and perturbations, the training run's if left out; realtime: wait for the
+    end of every control period; perturb: one value of each perturbation; robustness: a sweep over all of them; video:
+    one episode as MP4; out: the folder of what is written, beside the export if left out.
     """
 
     policy: str = MISSING
@@ -49,7 +49,7 @@ class Arguments:
     command: list[float] = field(default_factory=lambda: [0.5, 0.0, 0.0])
     seconds: float = 20.0
     episodes: int = 10
-    seed: int = 0
+    seed: int | None = None
     realtime: bool = False
     perturb: Perturbation = field(default_factory=Perturbation)
     robustness: bool = False
@@ -62,8 +62,8 @@ class Stage:
     """Where a policy is played.
 
     name: for titles; unit: of what an episode is scored by; make: the one environment of an episode, by its number and
-    the perturbation of its dynamics; names: perturbations that it can show; period: seconds of a control step; film:
-    records one episode to a path, or says why not.
+    the perturbation of its dynamics; names: perturbations that it can show; period: seconds of a control step; seed: of
+    starts and perturbations; film: records one episode to a path, or says why not.
     """
 
     name: str
@@ -71,6 +71,7 @@ class Stage:
     make: Callable[[int, Perturbation], VectorEnv]
     names: tuple[str, ...]
     period: float
+    seed: int
     film: Callable[[Act, Perturbation, Path], str | None]
 
 
@@ -90,7 +91,8 @@ def main(arguments: Sequence[str]) -> None:
 
     view = View(live=False, console=standard_console())
     policy = OnnxPolicy.load(options.policy)
-    stage = _task_stage(policy, of_env, options) if options.mjcf is None else _mjcf_stage(policy, options)
+    seed = int(policy.document.provenance.configuration.get("seed", 0)) if options.seed is None else options.seed
+    stage = _task_stage(policy, of_env, options, seed) if options.mjcf is None else _mjcf_stage(policy, options, seed)
     refused = [n for n in NAMES if n not in stage.names and getattr(options.perturb, n) != getattr(Perturbation(), n)]
     if refused:
         raise ConfigurationError(
@@ -104,9 +106,10 @@ def main(arguments: Sequence[str]) -> None:
         _play(policy, stage, options, out, view)
     if options.video:
         from rlplastic.playing.rollout import perturbed
+        from rlplastic.seeding import key
 
         path = out / f"{stage.name}.mp4"
-        reason = stage.film(perturbed(policy, options.perturb, options.seed), options.perturb, path)
+        reason = stage.film(perturbed(policy, options.perturb, key("play", stage.seed, 0)), options.perturb, path)
         view.note(f"  no video: {reason}" if reason else f"  video at {path}")
 
 
@@ -122,21 +125,21 @@ def _play(policy: OnnxPolicy, stage: Stage, options: Arguments, out: Path, view:
     policy.run(_zeros(policy))  # the first call of a runtime allocates
     result = play(
         lambda index: stage.make(index, options.perturb),
-        lambda index: pace.around(perturbed(policy, options.perturb, key("play", options.seed, index))),
+        lambda index: pace.around(perturbed(policy, options.perturb, key("play", stage.seed, index))),
         options.episodes,
     )
     found = timings.summary()
     low, high = result.ci95
-    view.note(f"{stage.name}, {options.episodes} episodes, seed {options.seed}{_told(options.perturb)}")
-    view.note(f"  {stage.unit:<15}{result.mean:.5g} (95 % interval {low:.5g} to {high:.5g}), std {result.std:.5g}")
-    view.note(f"  length         {result.lengths.mean():.0f} steps, {result.terminated.mean():.0%} ended early")
+    view.note(f"{stage.name}, {options.episodes} episodes, seed {stage.seed}{_told(options.perturb)}")
+    view.note(f"  {stage.unit:<16}{result.mean:.5g} (95 % interval {low:.5g} to {high:.5g}), std {result.std:.5g}")
+    view.note(f"  length          {result.lengths.mean():.0f} steps, {result.terminated.mean():.0%} ended early")
     latency = found["latency_ms"]
     view.note(
-        f"  latency        p50 {latency['p50']:.3g} ms, p99 {latency['p99']:.3g} ms, max {latency['max']:.3g} ms of a "
+        f"  latency         p50 {latency['p50']:.3g} ms, p99 {latency['p99']:.3g} ms, max {latency['max']:.3g} ms of a "
         f"control period of {stage.period * 1e3:.4g} ms"
     )
     mode = "in real time" if options.realtime else "as fast as it goes"
-    view.note(f"  deadlines      {timings.missed:,} of {found['cycles']:,} cycles were late, {mode}")
+    view.note(f"  deadlines       {timings.missed:,} of {found['cycles']:,} cycles were late, {mode}")
     standard_console().print(timings.table())
     report = _header(stage, options) | _scores(result) | found
     write_report(out / f"{stage.name}.json", report, "play again")
@@ -160,12 +163,12 @@ def _robustness(policy: OnnxPolicy, stage: Stage, options: Arguments, out: Path,
     def score(perturbation: Perturbation) -> Evaluation:
         return play(
             lambda index: stage.make(index, perturbation),
-            lambda index: perturbed(policy, perturbation, key("play", options.seed, index)),
+            lambda index: perturbed(policy, perturbation, key("play", stage.seed, index)),
             options.episodes,
         )
 
     rows = list(sweep(score, options.perturb, stage.names, lambda items: view.track(items, "perturbing")))
-    title = f"{stage.name}, {options.episodes} episodes each, seed {options.seed}{_told(options.perturb)}"
+    title = f"{stage.name}, {options.episodes} episodes each, seed {stage.seed}{_told(options.perturb)}"
     view.note(title)
     standard_console().print(table(rows, stage.unit))
     report = _header(stage, options) | {"rows": [row.as_json(rows[0].evaluation.mean) for row in rows]}
@@ -175,7 +178,7 @@ def _robustness(policy: OnnxPolicy, stage: Stage, options: Arguments, out: Path,
     view.note(f"  written to {path} and {path.with_suffix('.png')}")
 
 
-def _task_stage(policy: OnnxPolicy, of_env: Sequence[str], options: Arguments) -> Stage:
+def _task_stage(policy: OnnxPolicy, of_env: Sequence[str], options: Arguments, seed: int) -> Stage:
     """The training backend on a task, by default the policy's own; starts as in `rlplastic.evaluate` with this seed."""
     from rlplastic.envs import build_envs
     from rlplastic.envs.changes import Clock
@@ -183,7 +186,7 @@ def _task_stage(policy: OnnxPolicy, of_env: Sequence[str], options: Arguments) -
     from rlplastic.video import record, seconds_per_step
 
     env = replace(_env_config(policy.document, of_env), vectorization="sync", autoreset="next_step")
-    seeds = environment_seeds(options.seed, "eval", 0, options.episodes, 0)
+    seeds = environment_seeds(seed, "eval", 0, options.episodes, 0)
     steps = policy.document.provenance.training_steps
 
     def under(perturbation: Perturbation) -> EnvConfig:
@@ -195,7 +198,7 @@ def _task_stage(policy: OnnxPolicy, of_env: Sequence[str], options: Arguments) -
         return build_envs(under(perturbation), [seeds[index]], Clock(steps))
 
     def film(act: Act, perturbation: Perturbation, path: Path) -> str | None:
-        return record(act, under(perturbation), path, seed=options.seed, transitions=steps)
+        return record(act, under(perturbation), path, seed=seed, transitions=steps)
 
     trial: Any = make(0, Perturbation())
     try:
@@ -207,15 +210,19 @@ def _task_stage(policy: OnnxPolicy, of_env: Sequence[str], options: Arguments) -
                 f"{policy.document.provenance.environment}"
             )
         editable = env.backend == CHANGEABLE_BACKEND and hasattr(trial._env.envs[0].unwrapped, "model")
-        return Stage(env.task, "return", make, NAMES if editable else OF_SIGNALS, seconds_per_step(env, trial), film)
+        return Stage(
+            env.task, "return", make, NAMES if editable else OF_SIGNALS, seconds_per_step(env, trial), seed, film
+        )
     finally:
         trial.close()
 
 
-def _mjcf_stage(policy: OnnxPolicy, options: Arguments) -> Stage:
+def _mjcf_stage(policy: OnnxPolicy, options: Arguments, seed: int) -> Stage:
     """Plain MuJoCo on a model from a file."""
     import copy
+    import os
 
+    os.environ.setdefault("MUJOCO_GL", "egl")  # read as MuJoCo is imported; needs no display
     from rlplastic.playing.mjcf import MjcfEnv, load_model
     from rlplastic.seeding import key
     from rlplastic.video import record_with
@@ -227,7 +234,7 @@ def _mjcf_stage(policy: OnnxPolicy, options: Arguments) -> Stage:
             copy.copy(model),
             policy.document,
             seconds=options.seconds,
-            seed=key("play", options.seed, index),
+            seed=key("play", seed, index),
             command=tuple(options.command),
             perturbation=perturbation,
         )
@@ -236,7 +243,7 @@ def _mjcf_stage(policy: OnnxPolicy, options: Arguments) -> Stage:
         return record_with(act, make(0, perturbation).camera(), path)
 
     trial = make(0, Perturbation())
-    return Stage(Path(str(options.mjcf)).stem, "seconds upright", make, NAMES, trial.period, film)
+    return Stage(Path(str(options.mjcf)).stem, "seconds upright", make, NAMES, trial.period, seed, film)
 
 
 def _env_config(document: Document, of_env: Sequence[str]) -> EnvConfig:
@@ -267,7 +274,7 @@ def _check(options: Arguments, of_env: Sequence[str]) -> None:
     for name in ("episodes", "seconds"):
         if not getattr(options, name) > 0:
             raise ConfigurationError(f"{name}={getattr(options, name)} is out of range; expected a number above 0")
-    if options.seed < 0:
+    if options.seed is not None and options.seed < 0:
         raise ConfigurationError(f"seed={options.seed} is out of range; expected a number of 0 or more")
 
 
@@ -306,7 +313,7 @@ def _header(stage: Stage, options: Arguments) -> dict[str, Any]:
         "policy": options.policy,
         "simulator": stage.name,
         "score": stage.unit,
-        "seed": options.seed,
+        "seed": stage.seed,
         "episodes": options.episodes,
         "perturbation": asdict(options.perturb),
     }

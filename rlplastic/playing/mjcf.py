@@ -11,7 +11,6 @@ in MuJoCo Playground: no extra forward pass comes between stepping and observing
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -154,7 +153,6 @@ class MjcfEnv:
     @contextmanager
     def camera(self, size: tuple[int, int] = (480, 368)) -> Iterator[Scene]:
         """What `rlplastic.video.record_with` films: this robot, followed by the first camera that tracks, if any."""
-        os.environ.setdefault("MUJOCO_GL", "egl")
         view, modes = self.model.vis.global_, mujoco.mjtCamLight
         view.offwidth, view.offheight = max(view.offwidth, size[0]), max(view.offheight, size[1])
         tracking = np.isin(self.model.cam_mode, [int(modes.mjCAMLIGHT_TRACK), int(modes.mjCAMLIGHT_TRACKCOM)])

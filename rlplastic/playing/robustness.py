@@ -73,18 +73,18 @@ def sweep(
 
 def table(rows: Sequence[Row], unit: str) -> Table:
     """The sweep for a terminal; ``unit`` says what is scored."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     nominal = rows[0].evaluation.mean
-    shown = Table("perturbation", "value", f"mean {unit}", "95 % interval", "difference", "ended early", box=None)
+    columns = ("perturbation", "value", unit, "95 %", "difference", "ended early")
+    shown = Table(*(Column(name, no_wrap=True) for name in columns), box=None, pad_edge=False)
     for row in rows:
         found = row.as_json(nominal)
-        low, high = found["ci95"]
         shown.add_row(
             row.name or "none",
             f"{row.value:g}" if row.name else "",
             f"{found['mean']:.5g}",
-            f"{low:.5g} to {high:.5g}",
+            f"± {found['ci95'][1] - found['mean']:.3g}",
             f"{found['difference']:+.4g}" if row.name else "",
             f"{found['terminated']:.0%}",
         )
@@ -100,7 +100,7 @@ def plot(rows: Sequence[Row], unit: str, title: str, path: Path) -> None:
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
     figure = Figure(figsize=(3.2 * columns, 2.6 * lines), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(f"{title} (grey: unperturbed)")
     panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
     for panel, name in zip(panels, names, strict=False):
         of_name = [row for row in rows if row.name == name]
@@ -108,7 +108,7 @@ def plot(rows: Sequence[Row], unit: str, title: str, path: Path) -> None:
         means = [row.evaluation.mean for row in of_name]
         halves = [row.evaluation.ci95[1] - row.evaluation.mean for row in of_name]
         panel.axhspan(*nominal.ci95, color="0.85")
-        panel.axhline(nominal.mean, color="0.5", linewidth=1, label="unperturbed")
+        panel.axhline(nominal.mean, color="0.5", linewidth=1)
         panel.errorbar(values, means, halves, marker="o", markersize=4, capsize=3)
         panel.set_xlabel(name)
     for panel in list(panels):

