@@ -3,7 +3,17 @@
 `document` says what a policy's inputs and outputs mean, `policy` runs its ONNX file, `control` puts a loop around it.
 """
 
+from rlplastic.deploy.control import Command, Controller, Limits, ObservationAssembler
 from rlplastic.deploy.document import Document
-from rlplastic.deploy.policy import OnnxPolicy, Outputs
+from rlplastic.deploy.policy import OnnxPolicy, Outputs, check_golden
 
-__all__ = ["Document", "OnnxPolicy", "Outputs"]
+__all__ = [
+    "Command",
+    "Controller",
+    "Document",
+    "Limits",
+    "ObservationAssembler",
+    "OnnxPolicy",
+    "Outputs",
+    "check_golden",
+]

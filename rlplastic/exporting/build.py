@@ -72,10 +72,10 @@ def export_policy(
     finally:
         envs.close()
     original = Original(policy, facts, real_observations(policy, seed, ROWS // 2), evaluation, seed)
-    document = _document(original, path)
+    document = document_of(original)
     staging = path / f".export.{os.getpid()}.staging"
     try:
-        _stage(staging, document, original, with_torchscript)
+        stage(staging, document, original, with_torchscript)
         checks = verify(staging, original)
         report(checks)
         failed = [check for check in checks if check.passed is False]
@@ -96,7 +96,8 @@ def export_policy(
     return Export(path / "export", document, tuple(checks))
 
 
-def _document(original: Original, run: Path) -> Document:
+def document_of(original: Original) -> Document:
+    """What is known of the policy and its task."""
     facts, policy, evaluation = original.facts, original.policy, original.evaluation
     manifest = policy.checkpoint / "manifest.json"
     return Document(
@@ -137,7 +138,7 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _stage(folder: Path, document: Document, original: Original, with_torchscript: bool) -> None:
+def stage(folder: Path, document: Document, original: Original, with_torchscript: bool) -> None:
     """Write all files of the export into ``folder`` and flush them to the disk."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

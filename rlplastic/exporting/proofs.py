@@ -151,7 +151,8 @@ def closed_loop(exported: OnnxPolicy, trained: Policy, seed: int, episodes: int)
         actions = exported.act(observation["policy"]).astype(np.float64)
         raw = (actions - np.asarray(box.offset)) / np.asarray(box.scale)
         largest = max(largest, float(np.abs(raw - trained.act(observation)).max()))
-        return np.clip(raw, -1, 1).astype(np.float32)
+        sent: NDArray[np.float32] = np.clip(raw, -1, 1).astype(np.float32)
+        return sent
 
     return ClosedLoop(evaluate(act, trained.env, seed=seed, episodes=episodes), largest)
 

@@ -241,11 +241,11 @@ class _Verification:
     def graph(self) -> Finding:
         onnx.checker.check_model(self.model, full_check=True)
         opsets = {one.domain: one.version for one in self.model.opset_import}
+        standard = (
+            list(opsets) == [""] and opsets[""] >= OPSET and not any(node.domain for node in self.model.graph.node)
+        )
         operators = sorted({node.op_type for node in self.model.graph.node})
-        foreign = [node.op_type for node in self.model.graph.node if node.domain]
-        return f"opset {opsets.get('')}: {', '.join(operators)}", not foreign and list(opsets) == [""] and opsets[
-            ""
-        ] >= OPSET
+        return f"opset {opsets.get('')}: {', '.join(operators)}", standard
 
     def weights(self) -> Finding:
         arrays = {one.name: onnx.numpy_helper.to_array(one) for one in self.model.graph.initializer}
