@@ -11,8 +11,7 @@ in MuJoCo Playground: no extra forward pass comes between stepping and observing
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,13 +20,13 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from rlplastic.deploy.document import AffineMap, Document
-from rlplastic.deploy.document import Observation as DocumentObservation
+from rlplastic.deploy.control import LAST_ACTION, ObservationAssembler, decode
+from rlplastic.deploy.document import Document
 from rlplastic.envs.base import AutoresetMode, Observation, Step, check_actions
 from rlplastic.envs.perturbation import Dynamics, Perturbation
 from rlplastic.errors import ConfigurationError, nearest
 from rlplastic.exporting import model_facts
-from rlplastic.playing.terms import readers, root_body
+from rlplastic.playing.terms import COMMAND, FROM_RUNNER, readers, root_body
 from rlplastic.seeding import key
 from rlplastic.video import Frame, Scene
 
@@ -95,6 +94,8 @@ class MjcfEnv:
         gain = self._perturbation.gain != 1
         self._dynamics = Dynamics(model, self.data, self.period, gain)
         self._readers = readers(model, self.data, document.observation.terms)
+        self._known = [term.name for term in document.observation.terms if term.name in FROM_RUNNER]
+        self._assembler = ObservationAssembler(document.observation)
         self.observation_dims = {"policy": document.observation.width}
         self.action_dim = document.action.width
         self.action_low, self.action_high = np.array(document.action.box.low), np.array(document.action.box.high)
@@ -120,7 +121,7 @@ class MjcfEnv:
         mujoco.mj_forward(self.model, self.data)
         self._step, self._actions = 0, np.zeros(self.action_dim)
         self._up, self._height = self.data.xmat[self._root, 6:].copy(), float(self.data.xpos[self._root, 2])
-        self._assembly = Assembly(self._document.observation)
+        self._assembler.reset()
         return self._observe()
 
     def send(self, actions: NDArray[np.float32]) -> None:
@@ -133,10 +134,9 @@ class MjcfEnv:
         none = np.zeros(1, np.bool_)
         if self._done:
             return Step(self.reset(), np.zeros(1, np.float32), none, none, {})
-        action = self._document.action
-        self._actions = _mapped(action.box, self._pending[0].astype(np.float64))
-        commands = self._actions if action.target is None else _mapped(action.target, self._actions)
-        self.data.ctrl[self._actuators] = commands
+        box = self._document.action.box
+        self._actions = np.clip(np.asarray(box.scale) * self._pending[0] + np.asarray(box.offset), box.low, box.high)
+        self.data.ctrl[self._actuators] = decode(self._document, self._actions)
         self._dynamics.push(self._step)
         mujoco.mj_step(self.model, self.data, nstep=self._substeps)
         mujoco.mj_rnePostConstraint(self.model, self.data)  # what cfrc_ext needs
@@ -178,40 +178,13 @@ class MjcfEnv:
 
     def _observe(self) -> Observation:
         values = {name: read() for name, read in self._readers.items()}
-        row = self._assembly({**values, "last_action": self._actions, "command": self._command})
-        return {"policy": row[np.newaxis]}
+        known = {LAST_ACTION: self._actions, COMMAND: self._command}
+        return {"policy": self._assembler(values | {name: known[name] for name in self._known})}
 
     def _has_fallen(self) -> bool:
         upright = float(self.data.xmat[self._root, 6:] @ self._up)
         sunk = self._height > 0 and float(self.data.xpos[self._root, 2]) < FALLEN_HEIGHT * self._height
         return upright < FALLEN_COSINE or sunk
-
-
-class Assembly:
-    """Rows of an observation from the values of its terms, step by step: maps, delays, histories, stacked frames."""
-
-    def __init__(self, observation: DocumentObservation) -> None:
-        self._observation = observation
-        self._past: dict[str, deque[NDArray[np.float64]]] = {}
-        self._frames: deque[NDArray[np.float64]] = deque(maxlen=observation.frames)
-
-    def __call__(self, values: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float32]:
-        """The next row (width,); what is older than the first step repeats it."""
-        columns = []
-        for term in self._observation.terms:
-            past = self._past.setdefault(term.name, deque(maxlen=term.history + term.delay))
-            past.extend([values[term.name]] * (1 if past else term.history + term.delay))
-            newest_last = list(past)[: term.history]
-            ordered = newest_last if term.order == "oldest_first" else newest_last[::-1]
-            mapped = [np.asarray(term.scale) * value + term.offset for value in ordered]
-            columns += [value if term.clip is None else np.clip(value, *term.clip) for value in mapped]
-        self._frames.extend([np.concatenate(columns)] * (1 if self._frames else self._observation.frames))
-        frames = list(self._frames)
-        return np.concatenate(frames if self._observation.order == "oldest_first" else frames[::-1]).astype(np.float32)
-
-
-def _mapped(affine: AffineMap, values: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.clip(np.asarray(affine.scale) * values + affine.offset, affine.low, affine.high)
 
 
 def _timing(document: Document, model: _Mujoco) -> tuple[float, int]:

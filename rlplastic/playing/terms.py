@@ -26,6 +26,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
+from rlplastic.deploy.control import LAST_ACTION
 from rlplastic.errors import ConfigurationError, nearest
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 Vector = NDArray[np.float64]
 _Mujoco: TypeAlias = Any  # mujoco has no types
 Reader = Callable[[], Vector]
-FROM_RUNNER = ("last_action", "command")
+COMMAND = "command"
+FROM_RUNNER = (LAST_ACTION, COMMAND)
 """Terms that the loop itself knows."""
 
 

