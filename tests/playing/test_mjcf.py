@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,17 @@ def started_from(robot: MjcfEnv, qpos: np.ndarray, qvel: np.ndarray) -> np.ndarr
     return robot._observe()["policy"]
 
 
-@pytest.mark.parametrize(("task", "xml"), [("Humanoid-v5", "humanoid.xml"), ("HalfCheetah-v5", "half_cheetah.xml")])
+@pytest.mark.parametrize(
+    ("task", "xml"),
+    [
+        ("Humanoid-v5", "humanoid.xml"),
+        ("HalfCheetah-v5", "half_cheetah.xml"),
+        ("Ant-v5", "ant.xml"),
+        ("Hopper-v5", "hopper.xml"),
+        ("Walker2d-v5", "walker2d_v5.xml"),
+        ("Swimmer-v5", "swimmer.xml"),
+    ],
+)
 def test_observations_equal_those_of_gymnasium_step_by_step(task: str, xml: str) -> None:
     envs, document = gymnasium_task(task)
     robot = MjcfEnv(load_model(XMLS / xml), document, seconds=1e9, seed=0)
@@ -176,6 +187,7 @@ def test_starts_are_keyed_and_differ_from_episode_to_episode() -> None:
     assert not np.array_equal(first[0], first[1])
 
 
+@functools.cache
 def _go1() -> Document:
     env = EnvConfig(family="playground", task="Go1JoystickFlatTerrain")
     return document_of(env, build_envs(env, [5]))
