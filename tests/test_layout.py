@@ -31,7 +31,19 @@ LAYERS = (
     {"agents", "envs", "replay", "plasticity"},
     set(),  # the services around the loop: every module that is named nowhere else
     {"loop"},
-    {"train", "evaluate", "export", "play", "report", "diagnose", "bench", "benchmarking", "exporting", "training"}
+    {
+        "train",
+        "evaluate",
+        "export",
+        "play",
+        "report",
+        "diagnose",
+        "bench",
+        "benchmarking",
+        "playing",
+        "exporting",
+        "training",
+    }
     | {"rlplastic"},
 )
 """Lowest first; a module imports from its own layer and those below. `training` is what the verb `train` calls."""
