@@ -71,7 +71,9 @@ def test_dynamics_of_an_env_are_perturbed_as_in_training(policies: dict[str, Pat
 
 def test_envpool_plays_noise_and_delays_only(policies: dict[str, Path], tmp_path: Path) -> None:
     path = policies["envpool Hopper-v5"]
-    with pytest.raises(ConfigurationError, match=r"perturb.gain edits the model .* env.backend=gymnasium, or mjcf="):
+    with pytest.raises(
+        ConfigurationError, match=r"perturb.gain edits the robot's model, which .* env.backend=gymnasium"
+    ):
         play.main([f"policy={path}", "perturb.gain=2"])
     plain = report(f"policy={path}", "episodes=3", out=tmp_path)["returns"]
     assert report(f"policy={path}", "episodes=3", "perturb.action_delay=2", out=tmp_path)["returns"] != plain

@@ -64,7 +64,7 @@ def changes(config: EnvConfig) -> list[str]:
                 f"env.switch_friction={config.switch_friction} is no range; expected [lowest, highest] above 0, "
                 "such as [0.02,2]"
             )
-        told.append(f"other {config.switch} every {config.switch_every:,} transitions")
+        told.append(f"{config.switch} switched every {config.switch_every:,} transitions")
     return told
 
 

@@ -80,6 +80,10 @@ class Perturbation:
                 least = "a number above 0" if field.name == "mass" else "a number of 0 or more"
                 raise ConfigurationError(f"{field.name}={value} is out of range; expected {least}")
 
+    def changed(self) -> list[str]:
+        """Names of what is not neutral."""
+        return [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+
 
 NAMES = tuple(field.name for field in fields(Perturbation))
 OF_SIGNALS = ("observation_noise", "observation_delay", "action_delay")

@@ -131,7 +131,7 @@ def perturbed(policy: OnnxPolicy, perturbation: Perturbation, seed: int) -> Act:
         raw: NDArray[np.float32] = policy.run(signals.observe(observation["policy"])).raw_actions
         if not np.isfinite(raw).all():
             raise NonFiniteError("an observation is not finite; expected numbers: look for a simulation that blew up")
-        return signals.act(raw)
+        return signals.act(np.clip(raw, -1, 1))  # a runtime's tanh may exceed 1 by a rounding
 
     return act
 
