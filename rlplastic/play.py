@@ -104,13 +104,13 @@ def _play(stage: Stage, options: Arguments, file: Path, view: View, console: Con
     spread = f"95 % interval {low:.5g} to {high:.5g}" if options.episodes > 1 else "one episode, so no interval"
     mode = "in real time" if options.realtime else "as fast as it goes"
     view.note(_title(stage, options))
-    view.note(f"  {stage.unit:<16}{result.mean:.5g} ({spread}), std {result.std:.5g}")
-    view.note(f"  length          {result.lengths.mean():.0f} steps, {result.terminated.mean():.0%} ended early")
+    view.note(f"  {stage.unit:<20}{result.mean:.5g} ({spread}), std {result.std:.5g}")
+    view.note(f"  length              {result.lengths.mean():.0f} steps, {result.terminated.mean():.0%} ended early")
     view.note(
-        f"  latency         p50 {latency['p50']:.3g} ms, p99 {latency['p99']:.3g} ms, max {latency['max']:.3g} ms of a "
+        f"  latency             p50 {latency['p50']:.3g} ms, p99 {latency['p99']:.3g} ms, max {latency['max']:.3g} ms of a "
         f"control period of {stage.period * 1e3:.4g} ms"
     )
-    view.note(f"  deadlines       {timings.missed:,} of {found['cycles']:,} cycles were late, {mode}")
+    view.note(f"  deadlines           {timings.missed:,} of {found['cycles']:,} cycles were late, {mode}")
     console.print(timings.table())
     scores = {
         "mean": result.mean,

@@ -2,8 +2,8 @@
 
 Observations are assembled from the document's terms (`rlplastic.playing.terms`), actions go through its maps to the
 actuators by name. An episode ends when the robot has fallen (its root body tilts by more than 60 degrees from where it
-began, or sinks below half its height) or at the time limit; the reward of a step is its duration, so that the return is
-the time upright in seconds.
+began, or sinks below half its height) or at the time limit. The reward of a step is its duration in seconds; where the policy
+follows a command, times exp(-|v - command|^2 / 0.25) of the horizontal velocity, which is MuJoCo Playground's measure.
 
 Quantities that MuJoCo derives are those of the last simulation step's beginning, as they are in gymnasium's tasks and
 in MuJoCo Playground: no extra forward pass comes between stepping and observing.
@@ -26,7 +26,7 @@ from rlplastic.envs.base import AutoresetMode, Observation, Step, check_actions
 from rlplastic.envs.perturbation import Dynamics, Perturbation
 from rlplastic.errors import ConfigurationError, nearest
 from rlplastic.exporting import model_facts
-from rlplastic.playing.terms import COMMAND, FROM_RUNNER, readers, root_body
+from rlplastic.playing.terms import COMMAND, FROM_RUNNER, linear_velocity, readers, root_body
 from rlplastic.seeding import key
 from rlplastic.video import Frame, Scene
 
@@ -37,6 +37,8 @@ FALLEN_COSINE = 0.5
 """Of the angle between the root body's vertical axis and where it pointed at the start: 60 degrees."""
 FALLEN_HEIGHT = 0.5
 """Of the root body's height at the start."""
+TRACKING = 0.25
+"""(m/s)^2: the squared error of the velocity at which a step counts for 1/e of its duration."""
 
 
 def load_model(path: str | Path) -> _Mujoco:
@@ -96,6 +98,8 @@ class MjcfEnv:
         self._readers = readers(model, self.data, document.observation.terms)
         self._known = [term.name for term in document.observation.terms if term.name in FROM_RUNNER]
         self._assembler = ObservationAssembler(document.observation)
+        self._velocity = linear_velocity(model, self.data) if COMMAND in self._known else None
+        self.score = "seconds upright" if self._velocity is None else "seconds on command"
         self.observation_dims = {"policy": document.observation.width}
         self.action_dim = document.action.width
         self.action_low, self.action_high = np.array(document.action.box.low), np.array(document.action.box.high)
@@ -144,8 +148,13 @@ class MjcfEnv:
         fallen = self._has_fallen()
         late = self._step == self.max_episode_steps
         self._done = fallen or late
-        reward = np.array([self.period], np.float32)
-        return Step(self._observe(), reward, np.array([fallen]), np.array([late and not fallen]), {})
+        return Step(
+            self._observe(),
+            np.array([self._reward()], np.float32),
+            np.array([fallen]),
+            np.array([late and not fallen]),
+            {},
+        )
 
     def close(self) -> None:
         """Nothing to release: MuJoCo frees its own memory."""
@@ -180,6 +189,12 @@ class MjcfEnv:
         values = {name: read() for name, read in self._readers.items()}
         known = {LAST_ACTION: self._actions, COMMAND: self._command}
         return {"policy": self._assembler(values | {name: known[name] for name in self._known})}
+
+    def _reward(self) -> float:
+        if self._velocity is None:
+            return self.period
+        error = self._velocity()[:2] - self._command[:2]
+        return self.period * float(np.exp(-(error @ error) / TRACKING))
 
     def _has_fallen(self) -> bool:
         upright = float(self.data.xmat[self._root, 6:] @ self._up)

@@ -138,7 +138,7 @@ def mjcf_stage(policy: OnnxPolicy, file: str, seed: int, seconds: float, command
         return record_with(act, make(0, perturbation).camera(), path)
 
     trial = make(0, Perturbation())
-    return Stage(policy, Path(file).stem, "seconds upright", seed, make, NAMES, trial.period, film)
+    return Stage(policy, Path(file).stem, trial.score, seed, make, NAMES, trial.period, film)
 
 
 def _env_config(document: Document, overrides: Sequence[str]) -> EnvConfig:

@@ -95,11 +95,8 @@ def _sensor(model: _Mujoco, kind: int) -> int | None:
     return int(found[0]) if found.size else None
 
 
-def _angular_velocity(model: _Mujoco, data: _Mujoco, term: ObservationTerm) -> Reader:
-    return _measured(model, data, int(mujoco.mjtSensor.mjSENS_GYRO), 0)
-
-
-def _linear_velocity(model: _Mujoco, data: _Mujoco, term: ObservationTerm) -> Reader:
+def linear_velocity(model: _Mujoco, data: _Mujoco) -> Reader:
+    """The velocimeter, else the root body's velocity, in its own frame."""
     return _measured(model, data, int(mujoco.mjtSensor.mjSENS_VELOCIMETER), 3)
 
 
@@ -142,8 +139,8 @@ def _last_columns(field: str, skipped_bodies: int = 0) -> Callable[[_Mujoco, _Mu
 _SOURCES: dict[str, Callable[[_Mujoco, _Mujoco, ObservationTerm], Reader]] = {
     "joint_positions": _joint_positions,
     "joint_velocities": _joint_velocities,
-    "angular_velocity": _angular_velocity,
-    "linear_velocity": _linear_velocity,
+    "angular_velocity": lambda model, data, _: _measured(model, data, int(mujoco.mjtSensor.mjSENS_GYRO), 0),
+    "linear_velocity": lambda model, data, _: linear_velocity(model, data),
     "gravity": _gravity,
     "qpos": _last_columns("qpos"),
     "qvel": _last_columns("qvel"),

@@ -72,7 +72,7 @@ def test_observations_equal_those_of_gymnasium_step_by_step(task: str, xml: str)
         np.testing.assert_allclose(own.observation["policy"], answer.observation["policy"], rtol=1e-5, atol=1e-5)
 
 
-def test_observations_of_go1_equal_those_of_playground_step_by_step() -> None:
+def test_observations_and_score_of_go1_equal_those_of_playground_step_by_step() -> None:
     """The state behind an episode's start is read from the privileged observation; all but the heading is there."""
     env = EnvConfig(family="playground", task="Go1JoystickFlatTerrain", kwargs={"noise_level": 0.0})
     envs = build_envs(env, [5])
@@ -97,6 +97,7 @@ def test_observations_of_go1_equal_those_of_playground_step_by_step() -> None:
         answer, own = step(envs, action), step(robot, action)
         assert not answer.terminated[0] and not own.terminated[0]
         np.testing.assert_allclose(own.observation["policy"], answer.observation["policy"], atol=1e-5)
+        np.testing.assert_allclose(own.reward, 0.02 * answer.info["reward_tracking_lin_vel"], rtol=1e-4)
 
 
 def with_term(document: Document, **changes: Any) -> Document:
@@ -159,12 +160,13 @@ def test_outputs_drive_actuators_by_name_whatever_the_models_order(cheetah: Docu
     np.testing.assert_allclose(answers[0], answers[1], rtol=1e-6, atol=1e-6)
 
 
-def test_episodes_last_the_time_limit_and_are_scored_in_seconds() -> None:
-    robot = MjcfEnv(load_model(GO1), _go1(), seconds=0.4, seed=0)
+def test_episodes_last_the_time_limit_and_are_scored_in_seconds(cheetah: Document) -> None:
+    robot = MjcfEnv(load_model(XMLS / "half_cheetah.xml"), cheetah, seconds=1.0, seed=0)
     robot.reset()
-    steps = [step(robot, np.zeros((1, 12), np.float32)) for _ in range(22)]
+    steps = [step(robot, np.zeros((1, 6), np.float32)) for _ in range(22)]
     assert [bool(one.truncated[0]) for one in steps].index(True) == 19
-    assert sum(float(one.reward[0]) for one in steps[:20]) == pytest.approx(0.4)
+    assert sum(float(one.reward[0]) for one in steps[:20]) == pytest.approx(1.0)
+    assert robot.score == "seconds upright"
     assert steps[20].reward[0] == 0 and not steps[20].truncated[0], "the row after the end is the reset"
 
 
