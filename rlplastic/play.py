@@ -107,8 +107,8 @@ def _play(stage: Stage, options: Arguments, file: Path, view: View, console: Con
     view.note(f"  {stage.unit:<20}{result.mean:.5g} ({spread}), std {result.std:.5g}")
     view.note(f"  length              {result.lengths.mean():.0f} steps, {result.terminated.mean():.0%} ended early")
     view.note(
-        f"  latency             p50 {latency['p50']:.3g} ms, p99 {latency['p99']:.3g} ms, max {latency['max']:.3g} ms of a "
-        f"control period of {stage.period * 1e3:.4g} ms"
+        f"  latency             p50 {latency['p50']:.3g} ms, p99 {latency['p99']:.3g} ms, max {latency['max']:.3g} ms "
+        f"of a control period of {stage.period * 1e3:.4g} ms"
     )
     view.note(f"  deadlines           {timings.missed:,} of {found['cycles']:,} cycles were late, {mode}")
     console.print(timings.table())
