@@ -19,6 +19,7 @@ from rlplastic.deploy.document import Document
 from rlplastic.envs import make_envs
 from rlplastic.evaluation import evaluate
 from rlplastic.exporting import build
+from rlplastic.exporting.assemble import document_of
 from rlplastic.exporting.graph import metadata_of
 from rlplastic.exporting.proofs import real_observations
 from rlplastic.exporting.task_facts import task_facts
@@ -75,16 +76,14 @@ def run_of(folder: Path, env: EnvConfig) -> Path:
 
 def original_of(run: Path, episodes: int = 2) -> Original:
     policy = load_policy(run)
-    envs = make_envs(policy.env, seed=0, role="eval", num_envs=1)
-    facts = task_facts(policy.env, envs)
-    envs.close()
     evaluation = evaluate(policy.act, policy.env, seed=0, episodes=episodes)
-    return Original(policy, facts, real_observations(policy, 0, 128), evaluation, seed=0)
+    return Original(policy, task_facts(policy.env), real_observations(policy, 0, 128), evaluation, seed=0)
 
 
 def staged(folder: Path, original: Original) -> Path:
     """The files of an export, not verified."""
-    build.stage(folder, build.document_of(original), original, with_torchscript=False)
+    document = document_of(original.policy, original.facts, original.evaluation, original.seed)
+    build.stage(folder, document, original, with_torchscript=False)
     return folder
 
 

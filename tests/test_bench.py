@@ -16,6 +16,7 @@ COLUMNS = {
     "replay": ["batch", "n", "buffer", "us per sample", "times rlplastic's", "bytes per transition"],
     "loop": ["task", "envs", "threads", "raw envpool", "loop", "ratio"],
     "scaling": ["part", "size", "us", "relative", "of raw"],
+    "export": ["width", "runtime", "p50 us", "p99 us", "p99 below 1 ms"],
     "update": ["width", "batch", "precision", "compile", "update ms", "floor ms", "ratio", "GFLOP"],
 }
 QUICK = ["quick=true", "repeats=2", "threads=1"]

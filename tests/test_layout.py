@@ -117,12 +117,13 @@ def test_imports_point_from_verbs_to_kernels() -> None:
     assert not guilty
 
 
-def test_plasticity_knows_no_other_module_but_errors() -> None:
+@pytest.mark.parametrize("package", ["plasticity", "deploy"])
+def test_what_is_used_alone_knows_no_other_module_but_errors(package: str) -> None:
     guilty = [
         f"{path.relative_to(ROOT)} imports {name}"
-        for path in sources("rlplastic/plasticity")
+        for path in sources(f"rlplastic/{package}")
         for name in imports(path)
-        if name.split(".")[0] == "rlplastic" and part(name) not in ("plasticity", "errors")
+        if name.split(".")[0] == "rlplastic" and part(name) not in (package, "errors")
     ]
     assert not guilty
 

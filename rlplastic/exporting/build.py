@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
 
-from rlplastic import __version__
-from rlplastic.deploy.document import SCHEMA_VERSION, Document, EvaluationResult, Provenance
-from rlplastic.envs import make_envs
+from rlplastic.deploy.document import Document
 from rlplastic.errors import ConfigurationError, ExportError
-from rlplastic.evaluation import Evaluation, evaluate
+from rlplastic.evaluation import evaluate
+from rlplastic.exporting.assemble import document_of
 from rlplastic.exporting.fold import fold
 from rlplastic.exporting.graph import metadata_of, onnx_model, torchscript
 from rlplastic.exporting.proofs import real_observations
@@ -28,7 +25,6 @@ from rlplastic.policy import load_policy
 from rlplastic.run_directory import remedy, sync_directory
 
 GOLDEN_ROWS = 64
-LIBRARIES = ("torch", "numpy", "onnx", "onnxruntime", "mujoco", "envpool", "gymnasium")
 
 
 @dataclass(frozen=True)
@@ -66,13 +62,8 @@ def export_policy(
     policy = load_policy(path, warn=warn)
     seed = policy.config.seed
     evaluation = evaluate(policy.act, policy.env, seed=seed, episodes=episodes)
-    envs = make_envs(policy.env, seed=seed, role="eval", num_envs=1)
-    try:
-        facts = task_facts(policy.env, envs)
-    finally:
-        envs.close()
-    original = Original(policy, facts, real_observations(policy, seed, ROWS // 2), evaluation, seed)
-    document = document_of(original)
+    original = Original(policy, task_facts(policy.env), real_observations(policy, seed, ROWS // 2), evaluation, seed)
+    document = document_of(policy, original.facts, evaluation, seed)
     staging = path / f".export.{os.getpid()}.staging"
     try:
         stage(staging, document, original, with_torchscript)
@@ -94,48 +85,6 @@ def export_policy(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return Export(path / "export", document, tuple(checks))
-
-
-def document_of(original: Original) -> Document:
-    """What is known of the policy and its task."""
-    facts, policy, evaluation = original.facts, original.policy, original.evaluation
-    manifest = policy.checkpoint / "manifest.json"
-    return Document(
-        schema_version=SCHEMA_VERSION,
-        observation=facts.observation,
-        action=facts.action,
-        joints=facts.joints,
-        timing=facts.timing,
-        quaternion_order="wxyz" if facts.has_quaternions else None,
-        commands=facts.commands,
-        absent=facts.absent,
-        provenance=Provenance(
-            environment=policy.env.task,
-            backend=facts.backend,
-            training_steps=policy.step,
-            checkpoint_sha256=hashlib.sha256(manifest.read_bytes()).hexdigest(),
-            rlplastic=__version__,
-            libraries=_versions(),
-            configuration=asdict(policy.config),
-            model_file=facts.model_file,
-            model_sha256=facts.model_sha256,
-            evaluation=_result(evaluation, original.seed),
-        ),
-    )
-
-
-def _result(evaluation: Evaluation, seed: int) -> EvaluationResult:
-    return EvaluationResult(evaluation.mean, evaluation.ci95, len(evaluation.returns), seed)
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # an environment that this policy does not need
-            continue
-    return versions
 
 
 def stage(folder: Path, document: Document, original: Original, with_torchscript: bool) -> None:

@@ -6,6 +6,7 @@ ratios are resolved. A servo's force is gain * ctrl + bias: for a position servo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -151,11 +152,17 @@ class Pose:
     velocity: Mapping[str, float]
 
 
-def responses(model: Model, action: Action, decimation: int, raw: float, pose: Pose) -> NDArray[np.float64]:
+def responses(
+    model: Model, action: Action, decimation: int, raw: float, pose: Pose, contacts: bool
+) -> NDArray[np.float64]:
     """How far each driven joint moves in one policy step when one output is ``raw`` instead of 0.
 
-    (A, A), outputs by joints, both in the order of ``action``, whose names are thereby proven or refuted.
+    (A, A), outputs by joints, both in the order of ``action``, whose names are thereby proven or refuted. ``contacts``:
+    whether bodies touch each other and the ground, which is where it is at home.
     """
+    model = copy.deepcopy(model)
+    if not contacts:
+        model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_CONTACT
     names = actuator_names(model)
     order = [names.index(name) for name in action.names]
     driven = [model.actuator_trnid[i, 0] for i in order]

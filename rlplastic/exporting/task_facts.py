@@ -24,7 +24,7 @@ from typing import Any
 
 from rlplastic.config import EnvConfig
 from rlplastic.deploy.document import Action, AffineMap, CommandRange, Joint, Observation, ObservationTerm, Timing
-from rlplastic.envs.base import VectorEnv
+from rlplastic.envs import VectorEnv, make_envs
 from rlplastic.errors import EnvironmentContractError
 from rlplastic.exporting import model_facts
 from rlplastic.exporting.model_facts import Model
@@ -86,8 +86,21 @@ class _Source:
     options: Any
 
 
-def task_facts(env: EnvConfig, envs: VectorEnv) -> TaskFacts:
-    """Everything that can be known of a task; ``envs`` are a few of its environments."""
+def task_facts(env: EnvConfig) -> TaskFacts:
+    """Everything that can be known of a task, read anew from one of its environments.
+
+    Raises:
+        ConfigurationError: unknown backend, family, task or option.
+        EnvironmentContractError: the task breaks the contract of `rlplastic.envs.base`.
+    """
+    envs = make_envs(env, seed=0, role="eval", num_envs=1)
+    try:
+        return _facts(env, envs)
+    finally:
+        envs.close()
+
+
+def _facts(env: EnvConfig, envs: VectorEnv) -> TaskFacts:
     box = AffineMap(
         scale=tuple(((envs.action_high - envs.action_low) / 2).tolist()),
         offset=tuple(((envs.action_high + envs.action_low) / 2).tolist()),
@@ -130,6 +143,11 @@ def _with_model(facts: TaskFacts, env: EnvConfig, source: _Source) -> TaskFacts:
         model_file=str(source.file.relative_to(source.base)),
         model_sha256=hashlib.sha256(source.file.read_bytes()).hexdigest(),
     )
+
+
+def without_noise(env: EnvConfig) -> EnvConfig:
+    """The task whose sensors are exact, where it has the option."""
+    return replace(env, kwargs={**env.kwargs, "noise_level": 0.0}) if env.task in _SCENES else env
 
 
 def _source(env: EnvConfig) -> _Source | str:
@@ -229,12 +247,13 @@ def _parts(env: EnvConfig, source: _Source | None, width: int) -> list[Observati
         return []
     if env.task in _SCENES:
         return _joystick_parts(env, source)
-    if env.family not in ("mujoco", "gymnasium") or (env.kwargs and env.backend == "envpool"):
+    of_gymnasium = env.backend == "gymnasium"
+    if env.family not in ("mujoco", "gymnasium") or (not of_gymnasium and env.kwargs.keys() - {"frame_stack"}):
         return []
     from rlplastic.envs.gymnasium_adapter import make_env
 
     try:
-        instance: Any = make_env(env.task, dict(env.kwargs))
+        instance: Any = make_env(env.task, dict(env.kwargs) if of_gymnasium else {})
     except EnvironmentContractError:
         return []
     bare = instance.unwrapped

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,15 +25,17 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from rlplastic import seeding
+from rlplastic.benchmarking.timing import percentiles
 from rlplastic.deploy.document import Document
 from rlplastic.deploy.policy import INPUT, OnnxPolicy, check_golden
 from rlplastic.errors import NonFiniteError
 from rlplastic.evaluation import Evaluation
 from rlplastic.exporting import proofs
+from rlplastic.exporting.assemble import document_of
 from rlplastic.exporting.fold import Doubles
 from rlplastic.exporting.graph import MEAN, OPSET, metadata_of
 from rlplastic.exporting.proofs import Finding
-from rlplastic.exporting.task_facts import TaskFacts
+from rlplastic.exporting.task_facts import TaskFacts, task_facts
 from rlplastic.policy import Policy
 
 Rows = NDArray[np.float32]
@@ -79,7 +79,7 @@ class Check:
 class Original:
     """What the files are held against.
 
-    policy: the trained one; facts: read from the task anew; real: (R, D) observations of its episodes; evaluation: the
+    policy: the trained one; facts: of its task; real: (R, D) observations of its episodes; evaluation: the
     trained policy's, with ``seed``.
     """
 
@@ -175,10 +175,9 @@ class _Verification:
 
     def error(self, rows: Rows) -> Finding:
         """Largest error of both outputs; that of ``actions`` in parts of half the Box."""
-        facts, found = self.original.facts.action.box, self.policy.run(rows)
-        raw = np.tanh(self.mean(rows))
-        half = np.asarray(facts.scale)
-        actions = np.clip(raw * half + np.asarray(facts.offset), facts.low, facts.high)
+        box, found = self.original.facts.action.box, self.policy.run(rows)
+        raw, half = np.tanh(self.mean(rows)), np.asarray(box.scale)
+        actions = np.clip(raw * half + np.asarray(box.offset), box.low, box.high)
         worst = max(np.abs(found.raw_actions - raw).max(), (np.abs(found.actions - actions) / half).max())
         return f"{worst:.1e} on {len(rows):,} rows", bool(worst <= ERROR)
 
@@ -254,16 +253,16 @@ class _Verification:
         return f"not finite: {', '.join(bad)}" if bad else f"{count:,} numbers in {len(arrays)} tensors", not bad
 
     def document_is_true(self) -> Finding:
-        """policy.json, the metadata's document and the task's facts agree; floats are compared bit for bit."""
-        facts, inside = self.original.facts, self.policy.document
-        for name in ("observation", "action", "joints", "timing", "commands"):
-            wanted, found = getattr(facts, name), getattr(self.document, name)
-            if wanted != found:
-                return f"{name} differs: {_difference(wanted, found)}", False
-        if inside != self.document:
+        """policy.json, the metadata's document and a fresh reading of run and task agree, floats bit for bit."""
+        original = self.original
+        fresh = task_facts(original.policy.env)
+        wanted = document_of(original.policy, fresh, original.evaluation, original.seed)
+        if wanted != self.document:
+            return _difference(wanted, self.document), False
+        if self.policy.document != self.document:
             return f"{DOCUMENT} is not the document in {MODEL}", False
         left_out = f", absent: {', '.join(self.document.absent)}" if self.document.absent else ""
-        return f"{len(facts.observation.terms)} terms, {len(facts.joints)} joints{left_out}", True
+        return f"{len(wanted.observation.terms)} terms, {len(wanted.joints)} joints{left_out}", True
 
     def flat_keys(self) -> Finding:
         expected, found = metadata_of(self.document), self.policy.metadata
@@ -313,30 +312,18 @@ class _Verification:
         return f"{worst:.1e}", bool(worst <= ERROR)
 
     def latency(self) -> Finding:
-        times = latency(self.policy, self.original.policy)
+        row = self.original.real[:1]
+        works: dict[str, Callable[[], object]] = {
+            "onnxruntime": lambda: self.policy.act(row),
+            "torch": lambda: self.original.policy.act({"policy": row}),
+        }
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            times = percentiles(works, TIMED_CALLS)
+        finally:
+            torch.set_num_threads(threads)
         return "; ".join(f"{name} p50 {p50:.0f}, p99 {p99:.0f} us" for name, (p50, p99) in times.items()), None
-
-
-def latency(exported: OnnxPolicy, trained: Policy) -> dict[str, tuple[float, float]]:
-    """Median and 99th percentile in microseconds of one action on one thread, of both in turn."""
-    row = np.zeros((1, exported.observation_dim), np.float32)
-    works: dict[str, Callable[[], object]] = {
-        "onnxruntime": lambda: exported.act(row),
-        "torch": lambda: trained.act({"policy": row}),
-    }
-    seen: dict[str, list[float]] = {name: [] for name in works}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for call in range(TIMED_CALLS + 50):
-            for name, work in works.items():
-                started = time.perf_counter()
-                work()
-                if call >= 50:
-                    seen[name].append((time.perf_counter() - started) * 1e6)
-    finally:
-        torch.set_num_threads(threads)
-    return {name: (statistics.median(taken), float(np.percentile(taken, 99))) for name, taken in seen.items()}
 
 
 def _difference(wanted: Any, found: Any, place: str = "") -> str:  # noqa: ANN401 - any parts of a document
