@@ -144,7 +144,7 @@ def _robustness(stage: Stage, options: Arguments, file: Path, view: View, consol
     console.print(table(rows, stage.unit))
     document = {"rows": [row.as_json(rows[0].evaluation.mean) for row in rows]}
     write_report(file, _header(stage, options) | document, "play again")
-    plot(rows, stage.unit, _title(stage, options), file.with_suffix(".png"))
+    plot(rows, stage.unit, _title(stage, options)).savefig(file.with_suffix(".png"), dpi=120)
     view.note(f"  written to {file} and {file.with_suffix('.png')}")
 
 

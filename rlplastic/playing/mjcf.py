@@ -3,7 +3,7 @@
 Observations are assembled from the document's terms (`rlplastic.playing.terms`), actions go through its maps to the
 actuators by name. An episode ends when the robot has fallen (its root body tilts by more than 60 degrees from where it
 began, or sinks below half its height) or at the time limit. The reward of a step is its duration in seconds; where the
-policy follows a command, times exp(-|v - command|^2 / 0.25) of the horizontal velocity, as MuJoCo Playground rewards it.
+policy follows a command, times exp(-|v - command|^2 / 0.25) of the horizontal velocity, as MuJoCo Playground has it.
 
 Quantities that MuJoCo derives are those of the last simulation step's beginning, as they are in gymnasium's tasks and
 in MuJoCo Playground: no extra forward pass comes between stepping and observing.

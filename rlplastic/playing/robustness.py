@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlplastic.envs.perturbation import Perturbation
 from rlplastic.evaluation import Evaluation
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
 
 SWEEP: Mapping[str, tuple[float, ...]] = {
@@ -91,7 +91,7 @@ def table(rows: Sequence[Row], unit: str) -> Table:
     return shown
 
 
-def plot(rows: Sequence[Row], unit: str, title: str, path: Path) -> None:
+def plot(rows: Sequence[Row], unit: str, title: str) -> Figure:
     """One panel for each perturbation: mean and interval by value, beside the unperturbed mean and interval."""
     from matplotlib.figure import Figure
 
@@ -101,7 +101,9 @@ def plot(rows: Sequence[Row], unit: str, title: str, path: Path) -> None:
     lines = -(-len(names) // columns)
     figure = Figure(figsize=(3.2 * columns, 2.6 * lines), layout="constrained")
     figure.suptitle(f"{title} (grey: unperturbed)")
-    panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
+    panels = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
+    for panel in panels[len(names) :]:
+        panel.set_visible(False)
     for panel, name in zip(panels, names, strict=False):
         of_name = [row for row in rows if row.name == name]
         values = [row.value for row in of_name]
@@ -111,9 +113,6 @@ def plot(rows: Sequence[Row], unit: str, title: str, path: Path) -> None:
         panel.axhline(nominal.mean, color="0.5", linewidth=1)
         panel.errorbar(values, means, halves, marker="o", markersize=4, capsize=3)
         panel.set_xlabel(name)
-    for panel in list(panels):
-        panel.set_visible(False)  # more panels than perturbations
-    for panel in figure.axes[::columns]:
+    for panel in panels[::columns]:
         panel.set_ylabel(unit)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    return figure
