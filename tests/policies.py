@@ -12,13 +12,12 @@ from onnx import TensorProto, helper, numpy_helper
 from rlplastic.config import EnvConfig
 from rlplastic.deploy.document import METADATA_KEY, SCHEMA_VERSION, Document, Provenance
 from rlplastic.deploy.policy import INPUT, OUTPUTS
-from rlplastic.envs import VectorEnv, build_envs
 from rlplastic.exporting.task_facts import task_facts
 
 
-def document_of(env: EnvConfig, envs: VectorEnv | None = None, seed: int = 0) -> Document:
+def document_of(env: EnvConfig, seed: int = 0) -> Document:
     """What an export of a policy of this task would say."""
-    facts = task_facts(env, envs or build_envs(env, [5]))
+    facts = task_facts(env)
     configuration = {"env": dataclasses.asdict(env), "seed": seed}
     provenance = Provenance(env.task, facts.backend, 0, "", "", {}, configuration)
     return Document(SCHEMA_VERSION, facts.observation, facts.action, provenance, facts.joints, facts.timing)

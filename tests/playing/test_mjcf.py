@@ -31,7 +31,7 @@ GO1 /= "scene_mjx_feetonly_flat_terrain.xml"
 def gymnasium_task(task: str) -> tuple[VectorEnv, Document]:
     env = EnvConfig(backend="gymnasium", family="mujoco", task=task)
     envs = build_envs(env, [7])
-    return envs, document_of(env, envs)
+    return envs, document_of(env)
 
 
 def started_from(robot: MjcfEnv, qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
@@ -76,7 +76,7 @@ def test_observations_and_score_of_go1_equal_those_of_playground_step_by_step() 
     """The state behind an episode's start is read from the privileged observation; all but the heading is there."""
     env = EnvConfig(family="playground", task="Go1JoystickFlatTerrain", kwargs={"noise_level": 0.0})
     envs = build_envs(env, [5])
-    document = document_of(env, envs)
+    document = document_of(env)
     first = envs.reset()
     told = first["critic"][0].astype(np.float64)
     gyro, velocity, turning = told[48:51], told[57:60], told[60:63]
@@ -191,5 +191,4 @@ def test_starts_are_keyed_and_differ_from_episode_to_episode() -> None:
 
 @functools.cache
 def _go1() -> Document:
-    env = EnvConfig(family="playground", task="Go1JoystickFlatTerrain")
-    return document_of(env, build_envs(env, [5]))
+    return document_of(EnvConfig(family="playground", task="Go1JoystickFlatTerrain"))
