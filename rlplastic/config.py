@@ -18,6 +18,29 @@ HANDLING = (
 
 
 @dataclass
+class RandomiseConfig:
+    """Domain randomisation: [lowest, highest] of each perturbation, drawn anew for every episode; None: left alone.
+
+    gymnasium backend only. What each one does: `rlplastic.envs.perturbation`.
+    """
+
+    observation_noise: list[float] | None = None
+    """Standard deviation of noise on observations, in their units."""
+    observation_delay: list[int] | None = None
+    """Steps by which observations come late."""
+    action_delay: list[int] | None = None
+    """Steps by which actions come late."""
+    friction: list[float] | None = None
+    """Factor on all friction coefficients."""
+    mass: list[float] | None = None
+    """Factor on all masses and inertias."""
+    gain: list[float] | None = None
+    """Factor on the force of every actuator."""
+    push: list[float] | None = None
+    """Force of pushes on the root body, in weights of the robot."""
+
+
+@dataclass
 class EnvConfig:
     """Which task, on which backend, how many copies."""
 
@@ -42,6 +65,15 @@ class EnvConfig:
     must replay; None: 20 time limits."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Passed to the backend's constructor (`env.kwargs.frame_skip=2`)."""
+    randomise: RandomiseConfig = field(default_factory=RandomiseConfig)
+    switch_every: int | None = None
+    """gymnasium backend only: environment transitions after which the task switches; None: it never does."""
+    switch: str = "friction"
+    """What switches then: `friction`, or the order of `observations` or of `actions`; read with `switch_every` only."""
+    switch_seed: int = 0
+    """Which sequence of tasks a run goes through, whatever its `seed`: runs to be compared meet the same tasks."""
+    switch_friction: list[float] = field(default_factory=lambda: [0.02, 2.0])
+    """Factor on friction, drawn log-uniformly between these for every task (arXiv 2306.13812, its code)."""
 
 
 @dataclass

@@ -168,7 +168,9 @@ class Reporter:
         session, step = self.session, self.session.progress.transitions
         act: Callable[[Observation], NDArray[np.float32]] = session.agent.act
         with self.view.during("evaluating"):
-            result = evaluate(act, session.config.env, seed=session.config.seed, episodes=episodes, index=step)
+            result = evaluate(
+                act, session.config.env, seed=session.config.seed, episodes=episodes, index=step, transitions=step
+            )
         self.last_evaluation = result
         row = EvaluationRow.of(step, session.agent.updates, result)
         self._shown_evaluation = row

@@ -145,12 +145,22 @@ class Session:
         self.envs.close()
         self.progress.builds += 1
         self.progress.built_at = self.progress.vector_steps
-        self.envs = make_envs(self.config.env, seed=self.config.seed, role="train", rebuild=self.progress.builds)
+        self.progress.built_after = self.progress.transitions
+        self._build_envs()
         self.observation = self.envs.reset()
         self.guard.check_observation(self.observation)
         self.episodes.restart()
         self.replay.begin(self.observation)
         self.actions, self._saved_actions = [], 0
+
+    def _build_envs(self) -> None:
+        self.envs = make_envs(
+            self.config.env,
+            seed=self.config.seed,
+            role="train",
+            rebuild=self.progress.builds,
+            transitions=self.progress.built_after,
+        )
 
     # Saving
 
@@ -261,7 +271,7 @@ class Session:
             reason = f"{len(self.actions)} of {expected} actions are logged"
         else:
             self.envs.close()
-            self.envs = make_envs(self.config.env, seed=self.config.seed, role="train", rebuild=self.progress.builds)
+            self._build_envs()
             self.observation = self.envs.reset()
             for action in track(self.actions, "replaying actions"):
                 self.observation = step(self.envs, action).observation

@@ -241,7 +241,7 @@ def _record(session: Session, tracker: Tracker, view: View) -> None:
     step = session.progress.transitions
     path = session.directory.path / "videos" / f"step_{step:012d}.mp4"
     with view.during("filming"):
-        problem = record(session.agent.act, session.config.env, path, seed=session.config.seed)
+        problem = record(session.agent.act, session.config.env, path, seed=session.config.seed, transitions=step)
     if problem:
         view.note(f"no video: {problem}")
         return

@@ -41,6 +41,7 @@ LAYERS = (
         "bench",
         "analysis",
         "exporting",
+        "playing",
         "benchmarking",
         "training",
         "rlplastic",

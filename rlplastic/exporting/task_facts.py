@@ -46,6 +46,8 @@ _JOYSTICK = {
 POSITIONS = ("qpos", "position", "joint_angles", "joint_positions")
 VELOCITIES = ("qvel", "velocity", "joint_velocities")
 """Terms whose elements, where they are named, are positions and velocities of joints."""
+_CLIPPED_VELOCITIES = {"Hopper-v5": (-10.0, 10.0), "Walker2d-v5": (-10.0, 10.0)}
+"""What gymnasium's tasks write into their code; its Ant has the range of contact forces as an attribute."""
 _ELEMENTS: dict[str, tuple[str, ...]] = {
     "linear_velocity": ("x", "y", "z"),
     "angular_velocity": ("x", "y", "z"),
@@ -254,7 +256,8 @@ def _parts(env: EnvConfig, source: _Source | None, width: int) -> list[Observati
         instance: Any = make_env(env.task, dict(env.kwargs) if of_gymnasium else {})
     except EnvironmentContractError:
         return []
-    structure = dict(getattr(instance.unwrapped, "observation_structure", None) or {})
+    bare = instance.unwrapped
+    structure = dict(getattr(bare, "observation_structure", None) or {})
     instance.close()
     skipped = structure.pop("skipped_qpos", 0)
     if sum(structure.values()) != width:
@@ -263,7 +266,9 @@ def _parts(env: EnvConfig, source: _Source | None, width: int) -> list[Observati
         "qpos": model_facts.position_names(source.model)[skipped:],
         "qvel": model_facts.velocity_names(source.model),
     }
-    return [_plain(name, size, names.get(name, ())) for name, size in structure.items() if size]
+    clips = {"qvel": _CLIPPED_VELOCITIES.get(env.task), "cfrc_ext": getattr(bare, "_contact_force_range", None)}
+    terms = [_plain(name, size, names.get(name, ())) for name, size in structure.items() if size]
+    return [replace(term, clip=clips.get(term.name)) for term in terms]
 
 
 def _joystick_parts(env: EnvConfig, source: _Source) -> list[ObservationTerm]:
