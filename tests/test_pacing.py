@@ -24,7 +24,7 @@ from rlplastic.presets import Machine, resolve
 
 ADAPTIVE = ["replay_ratio=adaptive", "adaptive.window=50", "evaluation.every=0"]
 ALL = f"adaptive.signal={','.join(SIGNALS)}"
-SHORT = [*SMALL, *ADAPTIVE, "env_steps=400", "monitor=off"]
+SHORT = [*SMALL, *ADAPTIVE, "env_steps=500", "monitor=off"]
 
 
 def resolved(*overrides: str):
@@ -65,7 +65,7 @@ AGENTS = pytest.mark.parametrize("agent", ["flashsac", pytest.param("sac", marks
 def test_reading_all_signals_changes_nothing_but_through_the_ratio(tmp_path: Path, agent: str) -> None:
     options = [f"agent={agent}", "replay.holdout=0.4"]
     still = trained(tmp_path / "a", *options, ALL, "adaptive.low=0.3", "adaptive.high=0.3")
-    fixed = [*SMALL, "env_steps=400", "monitor=off", "evaluation.every=0", *options, "replay_ratio=0.3"]
+    fixed = [*SMALL, "env_steps=500", "monitor=off", "evaluation.every=0", *options, "replay_ratio=0.3"]
     train_agent([*fixed, f"runs={tmp_path}", "name=run"], quiet=True)
     assert learned(still) == learned(final_state(tmp_path / "run"))
 
@@ -119,7 +119,7 @@ def test_readings_are_what_measure_gives_on_the_pacers_own_draws(tmp_path: Path,
 
 def test_updates_follow_the_ratio_of_each_window(tmp_path: Path, spied: list) -> None:
     result = train_agent([*SHORT, f"runs={tmp_path}", "name=run"], quiet=True)
-    at = [0, *(transitions for _, transitions, _ in spied), 400]
+    at = [0, *(transitions for _, transitions, _ in spied), 500]
     ratios = [0.5, *(decision.ratio for *_, decision in spied)]
     owed = sum(
         ratio * max(stop - max(start, 200), 0) for ratio, start, stop in zip(ratios, at[:-1], at[1:], strict=True)
