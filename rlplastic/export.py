@@ -42,8 +42,6 @@ def main(arguments: Sequence[str]) -> None:
         ExportError: a check failed.
     """
     options = parse(arguments, Arguments, "export")
-    if options.episodes < 2:
-        raise ConfigurationError(f"episodes={options.episodes} gives no interval; expected a number of 2 or more")
     missing = [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]
     if missing:
         raise ConfigurationError(f"{' and '.join(missing)} cannot be imported; pip install 'rlplastic[export]'")

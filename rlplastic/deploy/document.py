@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from rlplastic.errors import ConfigurationError
 
 SCHEMA_VERSION = 1
 METADATA_KEY = "rlplastic"
+_FLAT_LIST = re.compile(r"(?<=\[)\n[^][{}]*(?=\])")
+"""What an indented list holds that has no list or object in it; strings of JSON have no line breaks."""
 T = TypeVar("T")
 Order = Literal["oldest_first", "newest_first"]
 Kind = Literal["position", "velocity", "torque", "other"]
@@ -185,8 +188,9 @@ class Document:
     """Why facts are not here, by name."""
 
     def to_json(self) -> str:
-        """The document as text; floats keep all their digits."""
-        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
+        """The document as text; floats keep all their digits, and lists of them a line."""
+        text = json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False)
+        return _FLAT_LIST.sub(lambda found: re.sub(r"\n\s*", " ", found[0]), text) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Document:

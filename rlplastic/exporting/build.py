@@ -56,10 +56,13 @@ def export_policy(
         warn: called with a sentence for each damaged checkpoint that was passed over.
 
     Raises:
-        ConfigurationError: no such run, no checkpoint, or the folder cannot be written.
+        ConfigurationError: fewer than two episodes, no such run, no checkpoint, or the folder cannot be written.
         CheckpointError: every checkpoint is damaged.
+        NonFiniteError: the policy itself acts with a NaN.
         ExportError: a check failed; an older export is untouched.
     """
+    if episodes < 2:
+        raise ConfigurationError(f"episodes={episodes} gives no interval; expected a number of 2 or more")
     path = Path(run)
     policy = load_policy(path, warn=warn)
     if (path / ASIDE).exists() and not (path / "export").exists():  # an export was killed between its two renames

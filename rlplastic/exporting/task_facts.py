@@ -279,7 +279,7 @@ def _joystick_parts(env: EnvConfig, source: _Source) -> list[ObservationTerm]:
         elements = _ELEMENTS.get(name, names)
         term = _plain(name, len(elements), elements)
         if name == "joint_positions":
-            term = replace(term, offset=tuple(-joint.default_position for joint in driven))
+            term = replace(term, offset=tuple(0.0 - joint.default_position for joint in driven))
         if name == "last_action":
             # the task observes before it notes the action that it was given
             term = replace(term, elements=model_facts.actuator_names(source.model), delay=1)

@@ -59,7 +59,8 @@ document = json.loads(session.get_modelmeta().custom_metadata_map["rlplastic"])
 golden = numpy.load(sys.argv[2])
 actions, raw = session.run(["actions", "raw_actions"], {{"obs": golden["obs"]}})
 assert golden["obs"].shape[1] == document["observation"]["width"]
-print(max(abs(actions - golden["actions"]).max(), abs(raw - golden["raw_actions"]).max()))
+half = numpy.array(document["action"]["box"]["scale"])
+print(max((abs(actions - golden["actions"]) / half).max(), abs(raw - golden["raw_actions"]).max()))
 """
 _REFUSED = ("torch", "rlplastic", "onnx", "mujoco", "envpool", "gymnasium", "dm_control", "hydra", "omegaconf", "scipy")
 

@@ -13,7 +13,7 @@ The four functions are pure; `rlplastic.plasticity.decision_loop` calls them in 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -174,11 +174,13 @@ class Attempt:
 
     intervention: str
     ratio: float | None
-    """Of the treated copy, worst member; None where the intervention does not apply."""
+    """Of the treated copy, worst member; None where there was none."""
     remark: str = ""
 
 
-def act(patient: Patient, ill: Probe, key: int, rules: Rules) -> tuple[str | None, list[Attempt], int]:
+def act(
+    patient: Patient, ill: Probe, key: int, rules: Rules, dropped: Collection[str] = ()
+) -> tuple[str | None, list[Attempt], int]:
     """The smallest intervention of the ladder that brings a discarded copy below ``rules.healthy``.
 
     One function of the probe is enough here: the branch is probed with all of them later.
@@ -188,6 +190,7 @@ def act(patient: Patient, ill: Probe, key: int, rules: Rules) -> tuple[str | Non
         ill: its probe.
         key: of the interventions' randomness; the same key repeats on the branch what was tried here.
         rules: the ladder and the bound.
+        dropped: interventions that healed copies, but whose branches were no good.
 
     Returns:
         Its name, or None if none suffices; what was tried; the cost in optimizer steps.
@@ -196,6 +199,9 @@ def act(patient: Patient, ill: Probe, key: int, rules: Rules) -> tuple[str | Non
     reference: Probe | None = None
     cost = 0
     for name in rules.ladder:
+        if name in dropped:
+            attempts.append(Attempt(name, None, "its branch was dropped before"))
+            continue
         candidate = copy_of(patient)
         try:
             applied = INTERVENTIONS[name](candidate, key)

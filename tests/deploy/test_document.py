@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -27,6 +27,12 @@ def changed(path: str, value: object) -> str:
 
 def test_a_document_comes_back_from_json_with_every_digit() -> None:
     assert Document.from_json(DOCUMENT.to_json()) == DOCUMENT
+
+
+def test_lists_of_numbers_take_a_line_and_the_text_says_the_same() -> None:
+    text = DOCUMENT.to_json()
+    assert '"low": [ -0.4, -0.4 ]' in text
+    assert json.loads(text) == json.loads(json.dumps(asdict(DOCUMENT)))
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,8 @@ def test_continual_backprop_keeps_account_as_a_plain_loop_does() -> None:
                 utility[layer][i], age[layer][i] = 0.0, 0
             expected.append(sorted(chosen))
         applied = method.step(patient, key=3)
+        for name, mine in (("1", utility[0]), ("3", utility[1])):
+            assert method.state_dict()[f"utility.{name}"].tolist() == pytest.approx(mine, rel=1e-4), step
         assert (applied is None) == (not any(expected)), step
         if applied is not None:
             found = [applied.units[name].nonzero().flatten().tolist() for name in ("1", "3")]

@@ -135,6 +135,12 @@ def test_the_first_intervention_that_suffices_is_chosen_and_the_patient_is_not_t
     assert all(torch.equal(value, before[name]) for name, value in patient.module.state_dict().items())
 
 
+def test_what_was_dropped_before_is_passed_over() -> None:
+    rules = Rules(probe_steps=60, probe_functions=1, ladder=("last_layer_reset", "full_reset"))
+    chosen, attempts, _ = act(patient_of(dead=True), probed(9.0), 7, rules, ["last_layer_reset"])
+    assert chosen == "full_reset" and attempts[0].remark == "its branch was dropped before"
+
+
 def test_nothing_is_chosen_where_nothing_suffices() -> None:
     patient = patient_of(dead=True)
     ill = probed(9.0)
