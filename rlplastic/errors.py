@@ -57,6 +57,10 @@ class LogWriteError(RlplasticError):
     """A log could not be written (full disk, lost permission); exit code 1."""
 
 
+class DistributedError(RlplasticError):
+    """A rank is gone, does not answer, or computed something else than the others; exit code 1."""
+
+
 class Interrupted(RlplasticError):
     """SIGINT, SIGTERM or SIGHUP arrived; the step was finished and the run saved; exit code 130."""
 

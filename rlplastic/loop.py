@@ -21,16 +21,17 @@ from numpy.typing import NDArray
 
 from rlplastic.command_line import stop_was_asked
 from rlplastic.errors import CheckpointWriteError, Interrupted, NonFiniteError
-from rlplastic.reporting import Reporter
+from rlplastic.reporting import Follower, Reporter
 from rlplastic.session import Session
 
 
-def train(session: Session, reporter: Reporter) -> None:
+def train(session: Session, reporter: Reporter | Follower) -> None:
     """Train until the budget is spent, then evaluate and save.
 
     Raises:
         Interrupted: SIGINT, SIGTERM or SIGHUP arrived; the step was finished and the run saved.
         NonFiniteError: a NaN or infinity appeared; the last good checkpoint is untouched.
+        DistributedError: a rank is gone or silent, or computed something else than the others.
         CheckpointWriteError: the last checkpoint could not be written.
         LogWriteError: the last logs could not be written.
     """
@@ -39,7 +40,7 @@ def train(session: Session, reporter: Reporter) -> None:
         while not session.budget.spent(session.progress):
             added = advance(session)
             after(session, reporter, added)
-            if stop.is_set():
+            if agree_to_stop(session, stop.is_set()):
                 reporter.save()
                 again = "without fresh=true" if session.config.fresh else "the same command"
                 raise Interrupted(
@@ -52,6 +53,13 @@ def train(session: Session, reporter: Reporter) -> None:
         reporter.evaluate(session.config.evaluation.final_episodes)
         session.final_evaluation = reporter.last_evaluation
         reporter.save(finished=True)
+
+
+def agree_to_stop(session: Session, asked: bool) -> bool:
+    """Whether any rank was asked to stop; on the way the first rank's clock becomes that of all."""
+    answers = session.group.numbers([session.progress.train_seconds, asked])
+    session.progress.train_seconds = answers[0][0]
+    return any(stop for _, stop in answers)
 
 
 def advance(session: Session) -> int:
@@ -86,10 +94,11 @@ def _send(session: Session) -> NDArray[np.float32]:
 
 
 def _learn(session: Session) -> None:
-    """The updates that are owed; while all that the replay holds is held out, they wait."""
+    """The updates that are owed; while all that some rank's replay holds is held out, they wait."""
     agent, watch = session.agent, session.watch
     budget_used = session.budget.used(session.progress)
-    due = session.replay_ratio.due(session.progress) if session.replay.transitions else 0
+    owed = session.progress.credit >= 1 and session.group.all(session.replay.transitions > 0)
+    due = session.replay_ratio.due(session.progress) if owed else 0
     for batch in session.sampler.batches(agent.updates, due, agent.reward_scale) if due else ():
         watch.lap("sample")
         section = "compile" if session.compiling else "update"
@@ -111,7 +120,7 @@ def _receive(session: Session, action: NDArray[np.float32]) -> int:
     valid = session.episodes.observe(step)
     session.received = action, step, valid
     session.observation = step.observation
-    added = int(valid.sum())
+    added = session.group.total(int(valid.sum()))
     progress.vector_steps += 1
     session.replay_ratio.accrue(progress, added)
     if session.rebuild_is_due:
@@ -120,7 +129,7 @@ def _receive(session: Session, action: NDArray[np.float32]) -> int:
     return added
 
 
-def after(session: Session, reporter: Reporter, added: int) -> None:
+def after(session: Session, reporter: Reporter | Follower, added: int) -> None:
     """What happens between turns, each at its own cadence in environment transitions; none of it changes the run.
 
     The checkpoint comes last: it must not promise a log or an evaluation that was not written yet.
@@ -131,13 +140,14 @@ def after(session: Session, reporter: Reporter, added: int) -> None:
         reporter.evaluate(config.evaluation.episodes)
     started = watch.elapsed
     if progress.crossed(config.tracking.every, added):
+        session.compare_ranks()
         reporter.log()
     if progress.crossed(config.checkpoint.every, added):
         save_or_warn(reporter)
     progress.train_seconds += watch.elapsed - started
 
 
-def save_or_warn(reporter: Reporter) -> None:
+def save_or_warn(reporter: Reporter | Follower) -> None:
     """A checkpoint, or a warning: training goes on, since a later save may succeed and stopping would lose more."""
     try:
         reporter.save()

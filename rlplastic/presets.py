@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from rlplastic.config import CRITIC_OF, VARIANTS, Config
+from rlplastic.distributed import local_ranks
 from rlplastic.errors import ConfigurationError, nearest
 from rlplastic.kernels import dispatch
 
@@ -109,6 +110,7 @@ def probe_machine(device: str) -> Machine:
             "use device=cpu, or install a CUDA build of torch as the README says"
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    cores = max(1, cores // local_ranks())
     if parsed.type == "cuda":
         with torch.cuda.device(parsed):
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -270,6 +272,7 @@ POSITIVE = (
     "env_steps",
     "max_minutes",
     "threads",
+    "distributed.timeout",
 )
 MOST = {
     "threads": 1024,
@@ -295,6 +298,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "critic.kind": tuple(VARIANTS["critic"]),
     "schedule.kind": ("budget", "horizon"),
     "monitor.mode": ("off",),
+    "distributed.bn_sync": ("running", "forward"),
     "replay.observation_dtype": ("float32", "float16", "bfloat16", "int8"),
     "replay.device": ("learner", "pinned"),
     "kernels": ("auto", "triton", "torch"),

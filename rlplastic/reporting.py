@@ -169,3 +169,25 @@ class Reporter:
             self.session.save(self.session.directory.log_lengths(), finished)
         self._finished = finished
         self.session.watch.lap("checkpoint")
+
+
+class Follower:
+    """What a rank other than the first has instead: it takes part in saving, and tells nothing but warnings."""
+
+    last_evaluation: Evaluation | None = None
+    unlogged = False
+
+    def __init__(self, session: Session, view: View) -> None:
+        self.session, self.view = session, view
+
+    def log(self) -> None:
+        """Begin new means and times where the first rank does, and stop where it does at a NaN."""
+        self.session.guard.check_means(self.session.metrics.pop())
+        self.session.watch.pop()
+
+    def evaluate(self, episodes: int) -> None:
+        """The first rank evaluates; the others wait for it in the next message."""
+
+    def save(self, finished: bool = False) -> None:
+        """This rank's part of a checkpoint; see `Session.save` for the errors."""
+        self.session.save({}, finished)

@@ -7,7 +7,6 @@ bounds how many steps that can be.
 
 from __future__ import annotations
 
-import copy
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -18,12 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlplastic.agents import parameter_bytes
 from rlplastic.agents.base import Agent
 from rlplastic.checkpoint import CheckpointStore, Loaded, SegmentReference
 from rlplastic.config import Config
+from rlplastic.distributed import ALONE, Group, share_of
 from rlplastic.envs import make_envs
 from rlplastic.envs.base import Observation, Step, VectorEnv, step
 from rlplastic.envs.episodes import EpisodeStatistics
@@ -36,6 +36,7 @@ from rlplastic.replay.memory import available_memory
 from rlplastic.replay.prefetch import PrefetchingSampler
 from rlplastic.resources import FIRST_ENVIRONMENT, resident_bytes
 from rlplastic.run_directory import RunDirectory
+from rlplastic.sharding import ShardedStore
 
 MAX_SEGMENTS = 128
 """Segments a checkpoint may list before the whole replay is written anew as one."""
@@ -62,7 +63,7 @@ class Session:
 
     config: Config
     directory: RunDirectory
-    store: CheckpointStore
+    store: CheckpointStore | ShardedStore
     envs: VectorEnv
     agent: Agent
     replay: ReplayRing
@@ -76,6 +77,8 @@ class Session:
     """What the environments returned last."""
     uniform_until: int
     """Transitions collected with uniform random actions."""
+    group: Group = ALONE
+    """The ranks that train together; the configuration, environments and replay are this one's."""
     final_evaluation: Evaluation | None = None
     """That of the finished run; saved with it, so that rerunning the command can tell it again."""
     metrics: MetricMeans = field(default_factory=MetricMeans)
@@ -95,6 +98,15 @@ class Session:
     def compiling(self) -> bool:
         """Whether the next update compiles something."""
         return self.config.compile == "on" and self.agent.updates < self.first_update + COMPILED_UPDATES
+
+    def compare_ranks(self) -> None:
+        """Compare checksums of the networks between ranks.
+
+        Raises:
+            DistributedError: they differ; naming the first tensor and the step.
+        """
+        if self.group.size > 1:
+            self.group.require_equal(checksums(self.agent.modules), f"at step {self.progress.transitions}")
 
     # Environments
 
@@ -132,12 +144,16 @@ class Session:
         self.envs.close()
         self.progress.builds += 1
         self.progress.built_at = self.progress.vector_steps
-        self.envs = make_envs(self.config.env, seed=self.config.seed, role="train", rebuild=self.progress.builds)
+        self.envs = self._build_envs()
         self.observation = self.envs.reset()
         self.guard.check_observation(self.observation)
         self.episodes.restart()
         self.replay.begin(self.observation)
         self.actions, self._saved_actions = [], 0
+
+    def _build_envs(self) -> VectorEnv:
+        builds, rank = self.progress.builds, self.group.rank
+        return make_envs(self.config.env, seed=self.config.seed, role="train", rank=rank, rebuild=builds)
 
     # Saving
 
@@ -172,11 +188,14 @@ class Session:
         documents = {"progress": asdict(self.progress), "logs": log_lengths, "finished": finished}
         if self.final_evaluation is not None:
             documents["evaluation"] = {name: array.tolist() for name, array in vars(self.final_evaluation).items()}
+        learned = self.agent.state_dict()
+        if self.group.rank:  # the first rank saves what is the same everywhere
+            learned = {name: learned[name] for name in self.agent.COLUMNS}
         try:
             checkpoint = self.store.save(
                 self.progress.transitions,
                 tensors={
-                    "agent": self.agent.state_dict(),
+                    "agent": learned,
                     "replay_head": self.replay.export_head(),
                     "loop": arrays | {f"metrics.{name}": tensor for name, tensor in self.metrics.state_dict().items()},
                 },
@@ -223,6 +242,11 @@ class Session:
         self.metrics.load_state_dict(part(loop, "metrics."), self.agent.device)
         self.actions = [actions[index] for index in sorted(actions)]
         self._segments, self._saved_actions = tuple(segments), len(self.actions)
+        if loaded.redealt:
+            self._segments = ()  # they lie with other columns
+            tell("this resume is not exact: another number of ranks wrote the checkpoint; fresh episodes are started")
+            self.rebuild()
+            return "its columns dealt out anew, fresh episodes"
         saved = {group: value.numpy() for group, value in part(loop, "observation.").items()}
         return self._continue_environments(saved, tell, track)
 
@@ -239,13 +263,15 @@ class Session:
             reason = f"{len(self.actions)} of {expected} actions are logged"
         else:
             self.envs.close()
-            self.envs = make_envs(self.config.env, seed=self.config.seed, role="train", rebuild=self.progress.builds)
+            self.envs = self._build_envs()
             self.observation = self.envs.reset()
             for action in track(self.actions, "replaying actions"):
                 self.observation = step(self.envs, action).observation
-            if all(np.array_equal(self.observation[group], array) for group, array in saved.items()):
-                return f"exact: {expected} vector steps replayed, last observations equal bit for bit"
-            reason = "the replayed environments ended in other observations than the saved ones"
+            if any(not np.array_equal(self.observation[group], array) for group, array in saved.items()):
+                reason = "the replayed environments ended in other observations than the saved ones"
+        if self.group.all(not reason):
+            return f"exact: {expected} vector steps replayed, last observations equal bit for bit"
+        reason = reason or "another rank cannot go on exactly"
         tell(f"this resume is not exact: {reason}; fresh episodes are started")
         self.rebuild()
         return f"fresh episodes, since {reason}"
@@ -262,13 +288,26 @@ def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
+def checksums(modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """The sum of the bits of every parameter and buffer, by name, in one transfer."""
+    entries = {f"{key}.{name}": value for key, module in modules.items() for name, value in module.state_dict().items()}
+    sums = torch.stack([value.flatten().view(torch.int32).sum(dtype=torch.int64) for value in entries.values()])
+    return dict(zip(entries, sums.tolist(), strict=True))
+
+
 def named_parts(what: str) -> list[str]:
     """The names in a list separated by commas."""
     return [name.strip() for name in what.split(",")]
 
 
-def build(config: Config, directory: RunDirectory, make_agent: Callable[..., Agent], store: CheckpointStore) -> Session:
-    """A new session at step 0, environments reset.
+def build(
+    config: Config,
+    directory: RunDirectory,
+    make_agent: Callable[..., Agent],
+    store: CheckpointStore | ShardedStore,
+    group: Group = ALONE,
+) -> Session:
+    """A new session at step 0, environments reset: this rank's share of what the configuration asks for.
 
     Raises:
         ConfigurationError: the task is unknown, or the replay does not fit into memory.
@@ -276,11 +315,12 @@ def build(config: Config, directory: RunDirectory, make_agent: Callable[..., Age
     with suppress(ImportError):  # which is told below
         importlib.import_module(config.env.backend)  # whose memory must not count as that of environments
     before = resident_bytes()
-    envs = make_envs(config.env, seed=config.seed, role="train")
+    config = share_of(config, group)
+    envs = make_envs(config.env, seed=config.seed, role="train", rank=group.rank)
     try:
         observation = envs.reset()
         each = max(resident_bytes() - before - FIRST_ENVIRONMENT, 0) // envs.num_envs
-        session = _build(copy.deepcopy(config), directory, make_agent, store, envs, observation)
+        session = _build(config, directory, make_agent, store, group, envs, observation)
         session.environment_bytes = each
         return session
     except BaseException:
@@ -288,7 +328,7 @@ def build(config: Config, directory: RunDirectory, make_agent: Callable[..., Age
         raise
 
 
-def _replay(config: Config, envs: VectorEnv) -> tuple[ReplayRing, Sampler | PrefetchingSampler]:
+def _replay(config: Config, envs: VectorEnv, rank: int) -> tuple[ReplayRing, Sampler | PrefetchingSampler]:
     settings = config.replay
     assert settings.capacity and settings.batch_size and config.agent.gamma is not None
     pinned = settings.device == "pinned"
@@ -301,7 +341,7 @@ def _replay(config: Config, envs: VectorEnv) -> tuple[ReplayRing, Sampler | Pref
         envs.autoreset,
         settings.observation_dtype,
         "cpu" if pinned else config.device,
-        holdout=Holdout(settings.holdout, config.seed) if settings.holdout else None,
+        holdout=Holdout(settings.holdout, config.seed, rank) if settings.holdout else None,
         prioritised=settings.prioritised,
         kernels=kernels,
         pinned=pinned,
@@ -314,6 +354,7 @@ def _replay(config: Config, envs: VectorEnv) -> tuple[ReplayRing, Sampler | Pref
         config.agent.n_step,
         config.agent.gamma,
         config.seed,
+        rank,
         half_life=settings.half_life,
         prioritisation=exponents if settings.prioritised else None,
         kernels=kernels,
@@ -326,13 +367,14 @@ def _build(
     config: Config,
     directory: RunDirectory,
     make_agent: Callable[..., Agent],
-    store: CheckpointStore,
+    store: CheckpointStore | ShardedStore,
+    group: Group,
     envs: VectorEnv,
     observation: Observation,
 ) -> Session:
     settings = config.replay
     assert settings.minimum and config.replay_ratio
-    replay, sampler = _replay(config, envs)
+    replay, sampler = _replay(config, envs, group.rank)
     needed, there = (
         parameter_bytes(config, envs.observation_dims, envs.action_dim),
         available_memory(torch.device(config.device)),
@@ -342,7 +384,7 @@ def _build(
             f"the networks need {needed / 1e9:.1f} GB but {config.device} has {there / 1e9:.1f} GB left; lower "
             "agent.critic_width, agent.actor_width or the number of their layers"
         )
-    agent = make_agent(config, envs.observation_dims, envs.action_dim)
+    agent = make_agent(config, envs.observation_dims, envs.action_dim, group=group)
     taken = named_parts(config.init_what) if config.init_from is not None else []
     minimum = 0 if "replay" in taken else settings.minimum
     progress = Progress()
@@ -364,4 +406,5 @@ def _build(
         progress=progress,
         observation=observation,
         uniform_until=0 if "actor" in taken else minimum,
+        group=group,
     )

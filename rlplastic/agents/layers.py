@@ -49,7 +49,14 @@ class UnitLinear(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation (arXiv 1502.03167): biased variance normalises, unbiased enters the running statistics."""
+    """Batch normalisation (arXiv 1502.03167): biased variance normalises, unbiased enters the running statistics.
+
+    Attributes:
+        normalise: `rlplastic.kernels.batch_norm.normalise`, or what does the same over the batches of several ranks.
+        ranks: whose batches, equally large, the running statistics follow.
+        deferred: leave the batch's moments in ``batch``, for `follow` once those of the other ranks are known.
+        batch: mean, biased variance and number of rows of the newest batch of this rank, if deferred.
+    """
 
     running_mean: Tensor
     running_var: Tensor
@@ -62,6 +69,8 @@ class BatchNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(shape))
         self.register_buffer("running_mean", torch.zeros(shape))
         self.register_buffer("running_var", torch.ones(shape))
+        self.normalise, self.ranks, self.deferred = normalise, 1, False
+        self.batch: tuple[Tensor, Tensor, int] | None = None
 
     def forward(
         self, x: Tensor, batch_statistics: bool, relu: bool = False, dtype: torch.dtype = torch.float32
@@ -74,13 +83,20 @@ class BatchNorm(nn.Module):
         if not batch_statistics:
             scale = self.gamma * torch.rsqrt(self.running_var + self.eps)
             return affine(x, scale, self.beta - self.running_mean * scale, relu, dtype)
-        y, mean, variance = normalise(x, self.gamma, self.beta, self.eps, relu, dtype)
-        with torch.no_grad():
-            rows = x.shape[-1]
-            self.running_mean.lerp_(mean.expand_as(self.running_mean), self.momentum)
-            unbiased = variance * (rows / max(rows - 1, 1))
-            self.running_var.lerp_(unbiased.expand_as(self.running_var), self.momentum)
+        y, mean, variance = self.normalise(x, self.gamma, self.beta, self.eps, relu, dtype)
+        if self.deferred:
+            self.batch = mean, variance, x.shape[-1]
+        else:
+            self.follow(mean, variance, x.shape[-1])
         return y
+
+    @torch.no_grad()
+    def follow(self, mean: Tensor, variance: Tensor, rows: int) -> None:
+        """Move the running statistics towards the moments (..., dim) of a batch with ``rows`` on every rank."""
+        rows = rows * self.ranks
+        self.running_mean.lerp_(mean.expand_as(self.running_mean), self.momentum)
+        unbiased = variance * (rows / max(rows - 1, 1))
+        self.running_var.lerp_(unbiased.expand_as(self.running_var), self.momentum)
 
 
 class RMSNorm(nn.Module):
