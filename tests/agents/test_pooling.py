@@ -91,12 +91,12 @@ def test_ranks_are_identical_bit_for_bit_after_two_hundred_updates(name: str, bn
 @pytest.mark.parametrize(("name", "bn_sync"), [("flashsac", "forward"), ("sac", "running")])
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_that_share_a_batch_learn_what_one_rank_learns_from_it(name: str, bn_sync: str, size: int) -> None:
-    """To a hundredth of how far parameters moved: rounding, which Adam amplifies where gradients vanish."""
+    """To a thousandth of how far parameters moved: rounding, which Adam amplifies where gradients vanish."""
     before, alone = learned(agent_of(name)), learned(moved(agent_of(name), 20))
     together, *_ = succeed(size, lambda group: learned(moved(agent_of(name, group, bn_sync), 20, group)))
     for entry in (entry for entry in alone if not entry.startswith("optimizer.") and entry != "updates"):
         distance = (together[entry] - alone[entry]).abs().max()
-        assert distance <= 0.01 * (alone[entry] - before[entry]).abs().max() + 1e-6, entry
+        assert distance <= 0.001 * (alone[entry] - before[entry]).abs().max() + 1e-6, entry
 
 
 @pytest.mark.parametrize("bn_sync", ["running", "forward"])
