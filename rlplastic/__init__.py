@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "compose": "rlplastic.composition",
+    "diagnose_run": "rlplastic.diagnosis",
     "load_policy": "rlplastic.policy",
     "make_agent": "rlplastic.agents",
     "make_envs": "rlplastic.envs",
@@ -22,11 +23,12 @@ _EXPORTS = {
 if TYPE_CHECKING:
     from rlplastic.agents import make_agent as make_agent
     from rlplastic.composition import compose as compose
+    from rlplastic.diagnosis import diagnose_run as diagnose_run
     from rlplastic.envs import make_envs as make_envs
     from rlplastic.policy import load_policy as load_policy
     from rlplastic.training import train_agent as train_agent
 
-__all__ = ["__version__", "compose", "load_policy", "make_agent", "make_envs", "train_agent"]
+__all__ = ["__version__", "compose", "diagnose_run", "load_policy", "make_agent", "make_envs", "train_agent"]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the submodule defines

@@ -14,7 +14,7 @@ from omegaconf import MISSING
 from rlplastic.command_line import leave, parse, run_verb
 from rlplastic.errors import ConfigurationError, nearest
 
-SUBJECTS = ("replay", "loop", "scaling", "update", "time_to_return")
+SUBJECTS = ("replay", "loop", "scaling", "update", "monitor", "time_to_return")
 """Modules of `rlplastic.benchmarking`; each has ``measure(options) -> rows`` and a ``CAPTION``."""
 LIBRARIES = (
     *("rlplastic", "torch", "numpy", "envpool", "mujoco", "triton", "gymnasium"),
@@ -27,10 +27,11 @@ class Arguments:
     """Measure a part of rlplastic on this machine; leave it idle meanwhile.
 
     what: replay (sampling beside Stable-Baselines3 and TorchRL, if installed), loop (without learning, beside raw
-    envpool), scaling (of both with environments and capacity), update (beside its own matrix products) or
-    time_to_return (a training beside one of every peer, in a checkout); out: JSON file for the numbers; threads: of
-    torch, all cores if left out; repeats: of every figure, of which the median counts; task and minutes: of
-    time_to_return, the minutes for every contender; quick: small sizes, to try the command.
+    envpool), scaling (of both with environments and capacity), update (beside its own matrix products),
+    monitor (what watching plasticity costs) or time_to_return (a training beside one of every peer, in a checkout);
+    out: JSON file for the numbers; threads: of torch, all cores if left out; repeats: of every figure, of which the
+    median counts; task and minutes: of time_to_return, the minutes for every contender; quick: small sizes, to try the
+    command.
     """
 
     what: str = MISSING

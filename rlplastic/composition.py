@@ -23,8 +23,8 @@ INTEGRAL = re.compile(r"\d+(\.\d+)?e\+?\d+", re.IGNORECASE)
 """`1e6`: what people type for a whole number of steps."""
 PATH_KEYS = ("init_from", "runs", "name")
 """May hold a `=`."""
-LIST_KEY = "init_what"
-"""Takes names separated by commas, which Hydra would read as a sweep."""
+LIST_KEYS = ("init_what", "adaptive.signal")
+"""Take names separated by commas, which Hydra would read as a sweep."""
 FREE_KEYS = ("env.kwargs.",)
 """Mappings whose keys are not known beforehand, so that `+` may be left out."""
 
@@ -79,7 +79,7 @@ def in_hydra_grammar(overrides: Sequence[str]) -> list[str]:
             plain.append(f"++{override}")
         elif INTEGRAL.fullmatch(value) and float(value).is_integer():
             plain.append(f"{name}={int(float(value))}")
-        elif name == LIST_KEY and "," in value and value[:1] not in "'\"":
+        elif name in LIST_KEYS and "," in value and value[:1] not in "'\"":
             plain.append(f"{name}='{value}'")
         elif name in PATH_KEYS and "=" in value and not set(value) & set("'\""):
             plain.append(f"{name}=" + ",".join(f"'{part}'" for part in value.split(",")))

@@ -153,9 +153,9 @@ class ReplayConfig:
     device: str = "learner"
     """learner: in the learner's memory; pinned: in page-locked host memory, copied to the GPU batch by batch, the next
     one while the learner works on this one."""
-    holdout: float = 0.0
+    holdout: float | None = None
     """Share of whole episodes, chosen by key, that training never samples and validation can; a column's first episode
-    is never one of them."""
+    is never one of them. None: 0.05 where `replay_ratio=adaptive` decides by their TD error, else 0."""
     half_life: int | None = None
     """Age in transitions at which a transition's weight in draws has halved ("replay decay", arXiv 2507.02712); None:
     all transitions weigh the same, as published [F]."""
@@ -167,12 +167,46 @@ class ReplayConfig:
     """beta of prioritised replay: 1 corrects the bias of the draws fully (arXiv 1511.05952, its initial value)."""
 
 
+ADAPTIVE = "adaptive"
+"""`replay_ratio=adaptive`."""
+
+
+@dataclass
+class AdaptiveConfig:
+    """How `replay_ratio=adaptive` moves the ratio: see `rlplastic.plasticity.replay_ratio`."""
+
+    rule: str = "continuous"
+    """continuous: in small steps, up while no signal is worse than its reference and down while one is; plateau: `low`
+    until the signal has settled, then `high` for good (arXiv 2310.07418)."""
+    signal: str | None = None
+    """What is read of the critic: for plateau one name, for continuous also several, separated by commas; None: fau for
+    plateau, as published, else gradient_dormant, and held_out_td_error where episodes are held out."""
+    window: int | None = None
+    """Environment transitions between two readings; None: those of 50 full episodes for plateau, as published, else
+    those of 5, and at least 100 vector steps."""
+    low: float | None = None
+    """The first and the least ratio; None: 0.5 for plateau, as published, else what the run would have anyway."""
+    high: float | None = None
+    """The most; None: four times `low`, as published."""
+    tolerance: float = 1e-3
+    """plateau: the signal has settled when it moved by at most this in a window; published 0.001."""
+    step: float = 1.05
+    """continuous: factor of one move."""
+    calm: float = 0.05
+    """continuous: it rises while no signal is worse than its reference by this relative amount."""
+    alarm: float = 0.1
+    """continuous: it falls while one is worse by more than this."""
+    memory: float = 5.0
+    """continuous: windows over which signals are smoothed."""
+
+
 @dataclass
 class ScheduleConfig:
     """What the learning-rate cosine is stretched over."""
 
     kind: str = "budget"
-    """`budget`: the fraction of `env_steps` or `max_minutes` used; `horizon`: a planned number of critic updates."""
+    """`budget`: the fraction of `env_steps` or `max_minutes` used, whatever the number of updates; `horizon`: a planned
+    number of critic updates, which a higher replay ratio reaches earlier: from then on the rate stays at its end."""
     horizon: int = 1_000_000
     """K of the published schedule, in critic updates; only read by `horizon`."""
 
@@ -230,9 +264,58 @@ class DistributedConfig:
 
 @dataclass
 class MonitorConfig:
-    """The plasticity monitor; `off` is the only mode built so far."""
+    """The plasticity monitor (docs/plasticity.md).
 
-    mode: str = "off"
+    Cadences and windows are in updates; in runs with a budget in steps they shrink to a part of the planned ones.
+    """
+
+    mode: str = "watch"
+    """off; watch: measure and raise alarms, never act; full: probe, treat a branch, verify, commit or roll back;
+    scheduled: intervene at given updates, asking nobody (a baseline)."""
+    forward_every: int = 1_000
+    """Between readings of units and weights; at most a 20th of the planned updates."""
+    ranks_every: int = 10_000
+    """Between readings of ranks; at most a 5th."""
+    probe_every: int = 50_000
+    """Between probes without an alarm; at most a half."""
+    probe_steps: int = 300
+    """Optimizer steps of a probe on each function."""
+    probe_functions: int = 3
+    """Random functions of a probe."""
+    ill: float = 1.5
+    """A network is ill if its probe is this many times a fresh network's: healthy runs measured up to 1, ill ones 3."""
+    healthy: float = 1.2
+    """A treated network must come below this."""
+    ladder: list[str] = field(
+        default_factory=lambda: ["optimizer_reset", "redo", "last_layer_reset", "shrink_and_perturb", "full_reset"]
+    )
+    """Interventions in the order in which they are tried, smallest first."""
+    max_interventions: int = 4
+    """Commits in a run; 0: probe, but never act."""
+    budget: float = 0.15
+    """Share of the planned updates (of those done, where none are planned) that probes and branches may cost."""
+    verify_updates: int | None = None
+    """Updates of a branch before it is judged; None: 2,000, at most a 20th of the planned ones."""
+    verify_rounds: int = 4
+    """How often so many updates a branch may have before it is dropped."""
+    value_margin: float = 0.1
+    """By how much a branch's errors may exceed its twin's, in standard deviations of the targets."""
+    rank_margin: float = 0.05
+    """By how much its rank correlation of values and returns may fall short."""
+    return_margin: float = 0.2
+    """Share of the training return that may be missing at the end of the recovery window."""
+    recovery_updates: int | None = None
+    """The recovery window after a commit; None: 5,000, at most a 10th of the planned updates."""
+    cooldown: int | None = None
+    """Updates after a decision in which no other is taken; None: 5,000, at most a 20th of the planned ones."""
+    scheduled_every: int = 50_000
+    """Between scheduled interventions."""
+    scheduled_intervention: str = "full_reset"
+    """What is done to actor and critic then."""
+    scheduled_count: int | None = None
+    """So many interventions at random moments of the planned updates, instead of every `scheduled_every`."""
+    histograms: bool = False
+    """Also show the networks' weights as histograms in TensorBoard, with every forward reading."""
 
 
 @dataclass
@@ -250,6 +333,7 @@ class Config:
     agent: AgentConfig = field(default_factory=FlashSACConfig)
     critic: CriticConfig = field(default_factory=CategoricalCriticConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
+    adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -259,8 +343,12 @@ class Config:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     seed: int = 0
     """Everything random follows from it."""
-    replay_ratio: float | None = None
-    """Gradient updates per environment transition, whatever the number of environments; fractions are carried over."""
+    replay_ratio: int | float | str | None = None
+    """Gradient updates per environment transition, whatever the number of environments; fractions are carried over.
+    `adaptive`: as `adaptive.rule` decides from measurements of the critic."""
+    priming_updates: int = 0
+    """Updates done on the first `replay.minimum` transitions the moment they are there, before training goes on: "heavy
+    priming" (arXiv 2205.07802), which makes a network ill on purpose; 0: none."""
     env_steps: int | None = None
     """Stop after this many environment transitions; None: no limit on steps."""
     max_minutes: float | None = None
@@ -296,6 +384,13 @@ class Config:
     """Resume on another machine or torch than the run began on; bits may then differ."""
     resume: str = "exact"
     """exact: rebuild the environments and replay their actions; fresh: start new episodes on resume."""
+
+    @property
+    def first_replay_ratio(self) -> float:
+        """The replay ratio that a run with this resolved configuration begins with, as a number."""
+        ratio = self.adaptive.low if self.replay_ratio == ADAPTIVE else self.replay_ratio
+        assert ratio is not None and not isinstance(ratio, str), "resolve the configuration first"
+        return ratio
 
 
 def schema(agent: str, critic: str) -> Config:

@@ -47,6 +47,10 @@ class Group:
     timeout: float = 0.0
     """Seconds that a rank waits for the others."""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+        """Itself: a copy of an agent learns among the same ranks."""
+        return self
+
     # Messages
 
     def gather(self, values: Tensor) -> Tensor:
@@ -68,6 +72,10 @@ class Group:
             with self._waiting():
                 dist.all_reduce(tensor)
             tensor.div_(self.size)
+
+    def joined_rows(self, tensor: Tensor) -> Tensor:
+        """Every rank's rows of ``tensor`` (B, ...), on its device, in the order of ranks: (size * B, ...)."""
+        return tensor if self.size == 1 else self.gather(tensor.cpu()).flatten(0, 1).to(tensor.device)
 
     def exchange(self, document: Any) -> list[Any]:  # noqa: ANN401 - whatever JSON can hold
         """Every rank's ``document``, of anything that JSON can hold, in the order of ranks."""

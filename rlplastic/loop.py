@@ -24,6 +24,8 @@ from rlplastic.errors import CheckpointWriteError, Interrupted, NonFiniteError
 from rlplastic.reporting import Follower, Reporter
 from rlplastic.session import Session
 
+PRIMING_UPDATES_A_TURN = 100
+
 
 def train(session: Session, reporter: Reporter | Follower) -> None:
     """Train until the budget is spent, then evaluate and save.
@@ -39,6 +41,7 @@ def train(session: Session, reporter: Reporter | Follower) -> None:
     with stop_signals() as stop:
         while not session.budget.spent(session.progress):
             added = advance(session)
+            adapt(session, reporter, added)
             after(session, reporter, added)
             if agree_to_stop(session, stop.is_set()):
                 reporter.save()
@@ -65,17 +68,20 @@ def agree_to_stop(session: Session, asked: bool) -> bool:
 def advance(session: Session) -> int:
     """One vector step and the updates that are due; returns the transitions it added."""
     started = session.watch.elapsed
-    action = _send(session)
-    if session.config.overlap:
-        session.store_received()
-        session.watch.lap("store")
-        _learn(session)
-        added = _receive(session, action)
+    if session.priming:
+        _prime(session)
+        added = 0
     else:
-        added = _receive(session, action)
+        action = _send(session)
+        if not session.config.overlap:
+            added = _receive(session, action)
         session.store_received()
         session.watch.lap("store")
-        _learn(session)
+        # while all that some rank's replay holds is held out, updates wait
+        owed = session.progress.credit >= 1 and session.group.all(session.replay.transitions > 0)
+        _learn(session, session.replay_ratio.due(session.progress) if owed else 0)
+        if session.config.overlap:
+            added = _receive(session, action)
     session.progress.train_seconds += session.watch.elapsed - started
     return added
 
@@ -93,12 +99,19 @@ def _send(session: Session) -> NDArray[np.float32]:
     return action
 
 
-def _learn(session: Session) -> None:
-    """The updates that are owed; while all that some rank's replay holds is held out, they wait."""
+def _prime(session: Session) -> None:
+    """Some of the updates on the first transitions (`Config.priming_updates`); the environments wait meanwhile."""
+    session.store_received()
+    session.watch.lap("store")
+    due = min(session.config.priming_updates - session.progress.primed, PRIMING_UPDATES_A_TURN)
+    session.progress.primed += due
+    _learn(session, due)
+
+
+def _learn(session: Session, due: int) -> None:
+    """So many updates."""
     agent, watch = session.agent, session.watch
     budget_used = session.budget.used(session.progress)
-    owed = session.progress.credit >= 1 and session.group.all(session.replay.transitions > 0)
-    due = session.replay_ratio.due(session.progress) if owed else 0
     for batch in session.sampler.batches(agent.updates, due, agent.reward_scale) if due else ():
         watch.lap("sample")
         section = "compile" if session.compiling else "update"
@@ -109,6 +122,9 @@ def _learn(session: Session) -> None:
         session.guard.check_update(metrics, batch, agent.updates)
         session.metrics.add(metrics)
         watch.lap("check")
+        if session.watcher is not None:
+            session.watcher.after_update(batch, budget_used)
+            watch.lap("monitor")
 
 
 def _receive(session: Session, action: NDArray[np.float32]) -> int:
@@ -118,6 +134,8 @@ def _receive(session: Session, action: NDArray[np.float32]) -> int:
     watch.lap("env")
     session.guard.check_step(step, action)
     valid = session.episodes.observe(step)
+    if session.watcher is not None:
+        session.watcher.episodes_ended(session.episodes.ended)
     session.received = action, step, valid
     session.observation = step.observation
     added = session.group.total(int(valid.sum()))
@@ -129,12 +147,21 @@ def _receive(session: Session, action: NDArray[np.float32]) -> int:
     return added
 
 
+def adapt(session: Session, reporter: Reporter | Follower, added: int) -> None:
+    """With `replay_ratio=adaptive`, at the end of a window: what the critic's measurements make of the ratio."""
+    decision = session.pacer.after(session.progress, added) if session.pacer is not None else None
+    if decision is not None:
+        session.progress.train_seconds += session.watch.lap("monitor")
+        reporter.paced(decision)
+
+
 def after(session: Session, reporter: Reporter | Follower, added: int) -> None:
     """What happens between turns, each at its own cadence in environment transitions; none of it changes the run.
 
     The checkpoint comes last: it must not promise a log or an evaluation that was not written yet.
     """
     config, progress, watch = session.config, session.progress, session.watch
+    reporter.tell_findings()
     assert config.evaluation.every is not None and config.tracking.every and config.checkpoint.every, "resolve first"
     if progress.crossed(config.evaluation.every, added) and not session.budget.spent(progress):
         reporter.evaluate(config.evaluation.episodes)

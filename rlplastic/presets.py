@@ -16,10 +16,13 @@ from typing import Any
 
 import torch
 
-from rlplastic.config import CRITIC_OF, VARIANTS, Config
+from rlplastic import pacing
+from rlplastic.config import ADAPTIVE, CRITIC_OF, VARIANTS, Config
 from rlplastic.distributed import local_ranks
 from rlplastic.errors import ConfigurationError, nearest
 from rlplastic.kernels import dispatch
+from rlplastic.plasticity.interventions import INTERVENTIONS
+from rlplastic.plasticity.replay_ratio import SIGNALS
 
 DEFAULT_MINUTES = 10.0
 COMPILE_PAYS_MINUTES = 3.0
@@ -216,6 +219,26 @@ class _Settling:
         self.settle("replay.minimum", minimum, "random transitions before the first update")
         pace = "balances simulation and learning" if self.on_cpu else "two updates per vector step"
         self.settle("replay_ratio", 0.5 if self.on_cpu else 2 / envs, pace)
+        self._pace(0.5 if self.on_cpu else 2 / envs)
+
+    def _pace(self, usual: float) -> None:
+        """What `replay_ratio=adaptive` reads, and its bounds; ``usual`` is the ratio that this machine would have."""
+        config, adaptive = self.config, self.config.adaptive
+        if config.replay_ratio != ADAPTIVE:
+            config.replay.holdout = config.replay.holdout or 0.0
+            return
+        if adaptive.rule == "plateau":
+            self.settle("adaptive.low", 0.5, "published")
+            self.settle("adaptive.signal", "fau", "published: the fraction of active units")
+        else:
+            otherwise = OWN.get(config.agent.name, {}).get("replay_ratio", (usual, ""))[0]
+            self.settle("adaptive.low", otherwise, "the replay ratio that would be chosen otherwise")
+            outside = ",held_out_td_error" if config.replay.holdout != 0 else ""
+            self.settle("adaptive.signal", f"gradient_dormant{outside}", "informative on networks of every kind")
+        self.settle("adaptive.high", 4 * (adaptive.low or 0.0), "four times the least, as published")
+        held_out = any(SIGNALS[name].source == "td_error" for name in pacing.signals_of(adaptive))
+        why = "for the TD error on what training never samples" if held_out else "no signal needs held-out episodes"
+        self.settle("replay.holdout", 0.05 if held_out else 0.0, why)
 
 
 def _settle_cadences(config: Config) -> None:
@@ -268,11 +291,38 @@ POSITIVE = (
     "checkpoint.every",
     "checkpoint.keep",
     "tracking.every",
+    "monitor.forward_every",
+    "monitor.ranks_every",
+    "monitor.probe_every",
+    "monitor.probe_steps",
+    "monitor.probe_functions",
+    "monitor.ill",
+    "monitor.healthy",
+    "monitor.verify_updates",
+    "monitor.verify_rounds",
+    "monitor.recovery_updates",
+    "monitor.cooldown",
+    "monitor.scheduled_every",
+    "monitor.scheduled_count",
     "replay_ratio",
+    "adaptive.window",
+    "adaptive.low",
+    "adaptive.high",
+    "adaptive.tolerance",
     "env_steps",
     "max_minutes",
     "threads",
     "distributed.timeout",
+)
+NOT_NEGATIVE = (
+    "monitor.max_interventions",
+    "monitor.budget",
+    "monitor.value_margin",
+    "monitor.rank_margin",
+    "monitor.return_margin",
+    "priming_updates",
+    "evaluation.every",
+    "seed",
 )
 MOST = {
     "threads": 1024,
@@ -296,8 +346,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "env.autoreset": ("next_step", "same_step", "disabled"),
     "agent.name": tuple(VARIANTS["agent"]),
     "critic.kind": tuple(VARIANTS["critic"]),
+    "adaptive.rule": ("continuous", "plateau"),
     "schedule.kind": ("budget", "horizon"),
-    "monitor.mode": ("off",),
+    "monitor.mode": ("off", "watch", "full", "scheduled"),
+    "monitor.scheduled_intervention": tuple(INTERVENTIONS),
     "distributed.bn_sync": ("running", "forward"),
     "replay.observation_dtype": ("float32", "float16", "bfloat16", "int8"),
     "replay.device": ("learner", "pinned"),
@@ -314,9 +366,10 @@ def check(config: Config) -> None:
     Raises:
         ConfigurationError: naming the key, the value, what was expected.
     """
+    pacing.check(config)
     for key in POSITIVE:
         value = _value(config, key)
-        if value is not None and not (value > 0 and math.isfinite(value)):
+        if value is not None and value != ADAPTIVE and not (value > 0 and math.isfinite(value)):
             raise ConfigurationError(f"{key}={value} is out of range; expected a number above 0")
     for key, most in MOST.items():
         value = _value(config, key)
@@ -335,7 +388,7 @@ def check(config: Config) -> None:
     for key in ("replay.priority_exponent", "replay.importance_exponent"):
         if not 0 <= _value(config, key) <= 1:
             raise ConfigurationError(f"{key}={_value(config, key)} is out of range; expected a number in [0, 1]")
-    if not 0 <= config.replay.holdout <= 0.5:
+    if config.replay.holdout is not None and not 0 <= config.replay.holdout <= 0.5:
         raise ConfigurationError(
             f"replay.holdout={config.replay.holdout} is out of range; expected a share of episodes in [0, 0.5]"
         )
@@ -345,10 +398,15 @@ def check(config: Config) -> None:
     decay = _value(config, "agent.weight_decay")
     if decay is not None and not 0 <= decay < math.inf:
         raise ConfigurationError(f"agent.weight_decay={decay} is out of range; expected 0 or more")
-    if config.seed < 0:
-        raise ConfigurationError(f"seed={config.seed} is out of range; expected a number of 0 or more")
-    if config.evaluation.every is not None and config.evaluation.every < 0:
-        raise ConfigurationError(f"evaluation.every={config.evaluation.every} is out of range; expected 0 or more")
+    for key in NOT_NEGATIVE:
+        value = _value(config, key)
+        if value is not None and not 0 <= value < math.inf:
+            raise ConfigurationError(f"{key}={value} is out of range; expected a number of 0 or more")
+    for name in config.monitor.ladder:
+        if name not in INTERVENTIONS:
+            raise ConfigurationError(f"monitor.ladder has {name!r}; {nearest(name, list(INTERVENTIONS))}")
+    if config.monitor.mode == "scheduled" and config.monitor.scheduled_count and config.env_steps is None:
+        raise ConfigurationError("monitor.scheduled_count draws among the planned updates; expected env_steps with it")
 
 
 def _value(config: Config, key: str) -> Any:  # noqa: ANN401 - of whatever type the setting has

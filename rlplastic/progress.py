@@ -24,6 +24,8 @@ class Progress:
     """How often the environments were built anew."""
     built_at: int = 0
     """The vector step at which they were built last."""
+    primed: int = 0
+    """Updates of `Config.priming_updates` that are done."""
     train_seconds: float = 0.0
     """Wall time of all attempts that led here, evaluation excluded."""
 

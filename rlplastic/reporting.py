@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from rlplastic.envs.base import Observation
 from rlplastic.errors import LogWriteError
 from rlplastic.evaluation import Evaluation, evaluate
+from rlplastic.plasticity.replay_ratio import Decision
 from rlplastic.session import Session
 from rlplastic.terminal import Moment, Status, View
 from rlplastic.time_profile import LEARNING
@@ -34,6 +36,7 @@ class Reporter:
         self._recent: deque[float] = deque(maxlen=RECENT_EPISODES)
         self._logged_transitions = session.progress.transitions
         self._logged_updates = session.agent.updates
+        self._last_move = 0
         self._unwritten = False
         self._finished = False
         view.watch(self._moment, self._status(None, None, {}))
@@ -81,9 +84,17 @@ class Reporter:
         training = max(total - sections.get("evaluate", 0.0), 1e-9)
         sections["learn"] = sum(sections.get(name, 0.0) for name in LEARNING)
         fractions = {f"fraction_{name}": sections.get(name, 0.0) / total for name in SECTIONS}
-        env_rate = (progress.transitions - self._logged_transitions) / training
-        update_rate = (session.agent.updates - self._logged_updates) / training
+        transitions = progress.transitions - self._logged_transitions
+        updates = session.agent.updates - self._logged_updates
+        env_rate, update_rate = transitions / training, updates / training
         self._logged_transitions, self._logged_updates = progress.transitions, session.agent.updates
+        if transitions:
+            assert session.config.replay.batch_size, "resolve the configuration first"
+            batch = session.config.replay.batch_size * session.group.size
+            scalars |= {
+                "train/updates_per_transition": updates / transitions,
+                "train/samples_per_transition": updates * batch / transitions,
+            }
         scalars |= {"speed/env_steps_per_s": env_rate, "speed/updates_per_s": update_rate}
         scalars |= {f"speed/{name}": part for name, part in fractions.items()}
         wall = session.watch.elapsed
@@ -133,6 +144,24 @@ class Reporter:
             alpha=means.get("policy/alpha"),
         )
 
+    def paced(self, decision: Decision) -> None:
+        """What became of the replay ratio, and why; the terminal hears of it when the direction changes."""
+        session, step = self.session, self.session.progress.transitions
+        assert session.pacer is not None
+        word = {1: "rises", 0: "stays", -1: "falls"}[decision.move]
+        told = f"replay ratio {word}, {decision.ratio:.4g}: {decision.reason}"
+        readings = session.pacer.readings
+        scalars = {f"pace/{name}": value for name, value in readings.items()} | {"pace/move": decision.move}
+        if decision.worse:
+            scalars["pace/worse"] = max(decision.worse.values())
+        record = {"event": "replay_ratio", "updates": session.agent.updates, **asdict(decision), "readings": readings}
+        with self._logging():
+            self.tracker.finding(step, record, scalars, told)
+        if decision.move not in (0, self._last_move):
+            self._last_move = decision.move
+            self.view.note(f"step {step:,}: {told}")
+        session.watch.lap("log")
+
     def evaluate(self, episodes: int) -> Evaluation:
         """Deterministic returns on environments of their own, into eval.csv and TensorBoard."""
         session, step = self.session, self.session.progress.transitions
@@ -151,6 +180,17 @@ class Reporter:
         )
         session.watch.lap("evaluate")
         return result
+
+    def tell_findings(self) -> None:
+        """What the plasticity monitor found since the last call; decisions are told on the terminal, too."""
+        session, step = self.session, self.session.progress.transitions
+        for event in session.watcher.pop_events() if session.watcher is not None else ():
+            with self._logging():
+                self.tracker.finding(step, event.record, event.scalars, event.sentence)
+            with self._logging():
+                self.tracker.histograms(step, event.weights)
+            if event.sentence:
+                self.view.note(f"plasticity at step {step:,}: {event.sentence}")
 
     def save(self, finished: bool = False) -> None:
         """A checkpoint that the logs agree with; see `Session.save` for the errors.
@@ -184,6 +224,14 @@ class Follower:
         """Begin new means and times where the first rank does, and stop where it does at a NaN."""
         self.session.guard.check_means(self.session.metrics.pop())
         self.session.watch.pop()
+
+    def tell_findings(self) -> None:
+        """The monitor finds the same on the first rank, which tells it."""
+        if self.session.watcher is not None:
+            self.session.watcher.pop_events()
+
+    def paced(self, decision: Decision) -> None:
+        """The pacer decides the same on the first rank, which tells it."""
 
     def evaluate(self, episodes: int) -> None:
         """The first rank evaluates; the others wait for it in the next message."""

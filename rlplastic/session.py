@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from rlplastic.agents import parameter_bytes
 from rlplastic.agents.base import Agent
+from rlplastic.agents.flashsac import FlashSAC
+from rlplastic.agents.sac import SAC
 from rlplastic.checkpoint import CheckpointStore, Loaded, SegmentReference
-from rlplastic.config import Config
+from rlplastic.config import ADAPTIVE, Config
 from rlplastic.distributed import ALONE, Group, share_of
 from rlplastic.envs import make_envs
 from rlplastic.envs.base import Observation, Step, VectorEnv, step
@@ -30,6 +32,7 @@ from rlplastic.envs.episodes import EpisodeStatistics
 from rlplastic.errors import ConfigurationError, NonFiniteError, SegmentMissingError
 from rlplastic.evaluation import Evaluation
 from rlplastic.guards import Guard
+from rlplastic.pacing import Pacer
 from rlplastic.progress import Budget, MetricMeans, Progress, ReplayRatio, Stopwatch
 from rlplastic.replay import Holdout, Prioritisation, ReplayRing, Sampler
 from rlplastic.replay.memory import available_memory
@@ -37,6 +40,7 @@ from rlplastic.replay.prefetch import PrefetchingSampler
 from rlplastic.resources import FIRST_ENVIRONMENT, resident_bytes
 from rlplastic.run_directory import RunDirectory
 from rlplastic.sharding import ShardedStore
+from rlplastic.watching import Watcher
 
 MAX_SEGMENTS = 128
 """Segments a checkpoint may list before the whole replay is written anew as one."""
@@ -77,6 +81,10 @@ class Session:
     """What the environments returned last."""
     uniform_until: int
     """Transitions collected with uniform random actions."""
+    pacer: Pacer | None = None
+    """What moves the replay ratio while the run goes on; None: it stays."""
+    watcher: Watcher | None = None
+    """The plasticity monitor; None: off."""
     group: Group = ALONE
     """The ranks that train together; the configuration, environments and replay are this one's."""
     final_evaluation: Evaluation | None = None
@@ -99,6 +107,12 @@ class Session:
         """Whether the next update compiles something."""
         return self.config.compile == "on" and self.agent.updates < self.first_update + COMPILED_UPDATES
 
+    @property
+    def priming(self) -> bool:
+        """Whether updates on the first transitions are owed, for which the environments wait."""
+        owed = self.progress.primed < self.config.priming_updates
+        return owed and self.progress.transitions >= max(self.replay_ratio.minimum, 1)
+
     def compare_ranks(self) -> None:
         """Compare checksums of the networks between ranks.
 
@@ -117,8 +131,7 @@ class Session:
 
     @property
     def _rebuild_every(self) -> int:
-        limit = self.envs.max_episode_steps or DEFAULT_TIME_LIMIT
-        return self.config.env.rebuild_every or TIME_LIMITS_BETWEEN_REBUILDS * limit
+        return self.config.env.rebuild_every or TIME_LIMITS_BETWEEN_REBUILDS * _time_limit(self.envs)
 
     @property
     def logged_action_bytes(self) -> int:
@@ -191,14 +204,19 @@ class Session:
         learned = self.agent.state_dict()
         if self.group.rank:  # the first rank saves what is the same everywhere
             learned = {name: learned[name] for name in self.agent.COLUMNS}
+        tensors = {
+            "agent": learned,
+            "replay_head": self.replay.export_head(),
+            "loop": arrays | {f"metrics.{name}": tensor for name, tensor in self.metrics.state_dict().items()},
+        }
+        if self.watcher is not None and self.group.rank == 0:
+            documents["monitor"], tensors["monitor"] = self.watcher.state_dict()
+        if self.pacer is not None and self.group.rank == 0:
+            documents["pacer"], tensors["pacer"] = self.pacer.state_dict(), self.pacer.tensors()
         try:
             checkpoint = self.store.save(
                 self.progress.transitions,
-                tensors={
-                    "agent": learned,
-                    "replay_head": self.replay.export_head(),
-                    "loop": arrays | {f"metrics.{name}": tensor for name, tensor in self.metrics.state_dict().items()},
-                },
+                tensors=tensors,
                 documents=documents,
                 new_segments=[segment],
                 kept_segments=[old.reference for old in kept],
@@ -226,6 +244,8 @@ class Session:
             setattr(self.progress, name, value)
         self.agent.load_state_dict(loaded.tensors("agent"))
         self.first_update = self.agent.updates
+        if self.watcher is not None and "monitor" in loaded.groups:
+            self.watcher.load_state_dict(loaded.documents["monitor"], loaded.tensors("monitor"))
         replay = self.replay
         replay.clear()
         actions: dict[int, NDArray[np.float32]] = {}
@@ -240,6 +260,8 @@ class Session:
         loop = loaded.tensors("loop")
         self.episodes.load_state_dict({name: value.numpy() for name, value in part(loop, "episodes.").items()})
         self.metrics.load_state_dict(part(loop, "metrics."), self.agent.device)
+        if self.pacer is not None:
+            self.pacer.load_state_dict(loaded.documents["pacer"], loaded.tensors("pacer"))
         self.actions = [actions[index] for index in sorted(actions)]
         self._segments, self._saved_actions = tuple(segments), len(self.actions)
         if loaded.redealt:
@@ -275,6 +297,11 @@ class Session:
         tell(f"this resume is not exact: {reason}; fresh episodes are started")
         self.rebuild()
         return f"fresh episodes, since {reason}"
+
+
+def _time_limit(envs: VectorEnv) -> int:
+    """Steps of a full episode."""
+    return envs.max_episode_steps or DEFAULT_TIME_LIMIT
 
 
 def _stacked(actions: list[NDArray[np.float32]], envs: VectorEnv) -> Tensor:
@@ -373,7 +400,7 @@ def _build(
     observation: Observation,
 ) -> Session:
     settings = config.replay
-    assert settings.minimum and config.replay_ratio
+    assert settings.minimum
     replay, sampler = _replay(config, envs, group.rank)
     needed, there = (
         parameter_bytes(config, envs.observation_dims, envs.action_dim),
@@ -388,9 +415,17 @@ def _build(
     taken = named_parts(config.init_what) if config.init_from is not None else []
     minimum = 0 if "replay" in taken else settings.minimum
     progress = Progress()
+    watcher = None
+    if config.monitor.mode != "off":
+        assert isinstance(agent, FlashSAC | SAC), "others cannot be read yet"
+        watcher = Watcher(config, agent, replay, planned_updates(config))
     guard = Guard(directory.path, replay, progress)
     guard.check_observation(observation)
     replay.begin(observation)
+    pace, pacer = ReplayRatio(config.first_replay_ratio, minimum), None
+    if config.replay_ratio == ADAPTIVE:
+        assert isinstance(agent, FlashSAC | SAC)
+        pacer = Pacer(config, agent, replay, pace, _time_limit(envs))
     return Session(
         config=config,
         directory=directory,
@@ -402,9 +437,19 @@ def _build(
         episodes=EpisodeStatistics(envs.num_envs, envs.autoreset),
         guard=guard,
         budget=Budget(config.env_steps, config.max_minutes),
-        replay_ratio=ReplayRatio(config.replay_ratio, minimum),
+        replay_ratio=pace,
+        pacer=pacer,
         progress=progress,
         observation=observation,
         uniform_until=0 if "actor" in taken else minimum,
+        watcher=watcher,
         group=group,
     )
+
+
+def planned_updates(config: Config) -> int | None:
+    """How many updates a resolved configuration asks for, as it begins; None without a budget in steps."""
+    assert config.replay.minimum is not None, "resolve the configuration first"
+    if config.env_steps is None:
+        return None
+    return config.priming_updates + int(config.first_replay_ratio * max(config.env_steps - config.replay.minimum, 0))

@@ -150,17 +150,21 @@ class ShardedStore:
 
 @dataclass(frozen=True, kw_only=True)
 class _Shard(Loaded):
-    """What a rank but the first saved, with the rest from the first rank's checkpoint."""
+    """What the first rank saved, with the columns and segments of another in place of its own."""
 
-    lead: Loaded
+    shard: Loaded
 
     @classmethod
     def of(cls, shard: Loaded, lead: Loaded) -> _Shard:
-        return cls(**{**vars(shard), "documents": lead.documents, "groups": lead.groups}, lead=lead)
+        return cls(**{**vars(lead), "segment_references": shard.segment_references}, shard=shard)
 
     def tensors(self, group: str) -> dict[str, Tensor]:
-        """As `Loaded.tensors`; networks are the first rank's."""
-        return {**self.lead.tensors(group), **super().tensors(group)}
+        """As `Loaded.tensors`; what is the same everywhere only the first rank saved."""
+        return {**super().tensors(group), **(self.shard.tensors(group) if group in self.shard.groups else {})}
+
+    def segments(self) -> Iterator[dict[str, Tensor]]:
+        """As `Loaded.segments`."""
+        return self.shard.segments()
 
 
 @dataclass(frozen=True)
@@ -192,11 +196,13 @@ class _Redealt(Loaded):
                 f"checkpoint {self.path} holds 8-bit observations, whose cells are each rank's own; expected as many "
                 "ranks as wrote it, so start as many"
             )
+        if group not in self.columns:
+            return whole
         saved = [(part.shard.tensors(group), part.columns) for part in self.parts]
         dealt = {
             name: torch.cat([tensors[name][columns] for tensors, columns in saved])
             for name in whole
-            if name.startswith(tuple(self.columns.get(group, ())))
+            if name.startswith(tuple(self.columns[group]))
         }
         return {name: value for name, value in whole.items() if not name.startswith("tree.")} | dealt
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-LEARNING = ("sample", "compile", "update", "check")
+LEARNING = ("sample", "compile", "update", "check", "monitor")
 """Sections that TensorBoard and timing.csv show as one, ``learn``."""
 WHAT = {
     "start": "interpreter, imports, configuration, environments, replay, networks",
@@ -17,6 +17,7 @@ WHAT = {
     "compile": "the first updates, which compile",
     "update": "updating networks",
     "check": "looking at losses",
+    "monitor": "measuring plasticity, probing, training branches",
     "log": "writing logs",
     "evaluate": "evaluating the policy",
     "checkpoint": "saving checkpoints",

@@ -1,6 +1,6 @@
-"""What a run leaves behind for people: TensorBoard events, ``eval.csv`` and ``timing.csv`` in its directory.
+"""What a run leaves behind for people: TensorBoard events, ``eval.csv``, ``plasticity.jsonl`` and ``timing.csv``.
 
-``eval.csv`` and the events describe the run and are cut back to the checkpoint on resume (`rlplastic.run_directory`):
+All but the last describe the run and are cut back to the checkpoint on resume (`rlplastic.run_directory`):
 an interrupted run and an uninterrupted one leave the same evaluation rows, bit for bit. ``timing.csv`` describes the
 attempts and keeps all of them. Nothing here reads the clock but for the time of day that TensorBoard's events carry.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import io
 import itertools
+import json
 import math
 import os
 import socket
@@ -27,15 +28,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlplastic.errors import ConfigurationError, LogWriteError
+from rlplastic.plasticity.replay_ratio import SIGNALS
 from rlplastic.run_directory import remedy
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rlplastic.evaluation import Evaluation
 
 SECTIONS = {
     "env": "waiting for the simulator",
     "act": "choosing and sending actions",
-    "learn": "sampling batches and updating on them",
+    "learn": "sampling batches, updating on them, and measuring what decides the replay ratio",
     "store": "checking what came back and putting it into replay",
     "log": "writing logs",
     "evaluate": "evaluating the policy",
@@ -48,6 +52,8 @@ SCALARS: dict[str, str] = {
     "train/length": "Mean length of those episodes, in environment steps.",
     "train/budget_used": "Used fraction of the budget that is nearer to its end.",
     "train/replay_ratio": "Gradient updates per environment transition that the run is paced at.",
+    "train/updates_per_transition": "Gradient updates over environment transitions since the last point.",
+    "train/samples_per_transition": "The same times the batch size: how often a transition is trained on.",
     "eval/return_mean": "Mean undiscounted return of the deterministic policy over one evaluation's episodes.",
     "eval/return_ci95": "Half the width of the 95 % confidence interval of that mean.",
     "loss/critic": "Loss of the critics, mean over the ensemble and the batch (categorical: cross-entropy in nats).",
@@ -69,6 +75,9 @@ SCALARS: dict[str, str] = {
     "norm/critic_linear_rows": "Largest relative distance of a weight row of the critics from norm 1.",
     "norm/critic_batch_norm": "The same for the BatchNorm gains and shifts of the critics and their bound.",
     "norm/critic_rms_norm": "The same for the RMSNorm gains of the critics and their bound.",
+    "pace/move": "What replay_ratio=adaptive did at the end of a window: 1 up, 0 nothing, -1 down.",
+    "pace/worse": "By how much the worst signal is worse than its reference (plateau: how far the signal moved).",
+    **{f"pace/{name}": f"Signal {name} of the critic, if it decides the replay ratio." for name in SIGNALS},
     "speed/env_steps_per_s": "Environment transitions per second of training since the last point.",
     "speed/updates_per_s": "Gradient updates per second of training since the last point.",
     **{
@@ -78,6 +87,7 @@ SCALARS: dict[str, str] = {
 }
 """Every stable scalar and what it means; names are ``section/quantity``."""
 
+HISTOGRAM_BINS = 64
 MAX_GIF_FRAMES = 300
 """Frames of a video shown in TensorBoard, which holds images in memory; longer videos are thinned out evenly."""
 
@@ -139,6 +149,7 @@ class Tracker:
         self.directory = directory
         self._evaluations = directory / "eval.csv"
         self._timings = directory / "timing.csv"
+        self._findings = directory / "plasticity.jsonl"
         _open_table(self._evaluations, EvaluationRow._fields)
         _open_table(self._timings, ("attempt", *TimingRow._fields))
         self._attempt = 1 + _last_attempt(self._timings)
@@ -185,6 +196,29 @@ class Tracker:
         self._scalars(row.step, {"eval/return_mean": row.return_mean, "eval/return_ci95": half_width})
         self._write()
 
+    def finding(self, step: int, record: Mapping[str, Any], scalars: Mapping[str, float], sentence: str) -> None:
+        """A line of ``plasticity.jsonl`` and what of it TensorBoard shows.
+
+        Args:
+            step: environment transitions so far; first in the line.
+            record: what JSON can hold.
+            scalars: points of curves.
+            sentence: shown as text; empty where nothing was decided.
+        """
+        self._add(self._findings, json.dumps({"step": step, **record}, allow_nan=False).encode() + b"\n")
+        if scalars:
+            self._scalars(step, scalars)
+        if sentence:
+            self._event(step=step, summary=_torch_summaries().text("plasticity/decisions", sentence))
+        self._write()
+
+    def histograms(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Distributions of tensors' entries by name; nothing for none."""
+        for name, tensor in tensors.items():
+            values = tensor.detach().float().cpu().numpy()
+            self._event(step=step, summary=_torch_summaries().histogram(name, values, HISTOGRAM_BINS))
+        self._write()
+
     def last_evaluation(self) -> EvaluationRow | None:
         """The last row of ``eval.csv``, be it of an earlier attempt; None without any.
 
@@ -206,7 +240,8 @@ class Tracker:
     def flush(self) -> None:
         """Put everything so far on the disk, so that `RunDirectory.log_lengths` counts all of it."""
         self._write()
-        for path in (self._evaluations, self._timings, self._events):
+        findings = [self._findings] if self._findings.exists() else []
+        for path in (self._evaluations, self._timings, self._events, *findings):
             with _writing(path), open(path, "rb") as file:
                 os.fsync(file.fileno())
 

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from rlplastic import resources, time_profile
 from rlplastic.agents import COLUMNS, make_agent, working_bytes
 from rlplastic.checkpoint import Loaded
@@ -48,6 +50,14 @@ IDENTITY_IGNORES = (
     "distributed",
 )
 """Settings that do not make a run a different one: stop conditions, cadences, logging, where it lies, on how many."""
+
+MONITOR = {
+    "off": "plasticity is not measured",
+    "watch": "plasticity is measured and alarms are told; nothing is changed",
+    "full": "what is ill by a probe is treated on a branch, verified, then committed or dropped",
+    "scheduled": "interventions come by the calendar, whether anything is ill or not",
+}
+"""What each mode of the plasticity monitor means, for the banner."""
 
 MEMORY_REMEDY = (
     "end what else takes it and rerun the command, which goes on from the last checkpoint, if any, or ask for less "
@@ -88,7 +98,8 @@ def train_agent(overrides: Sequence[str] = (), *, quiet: bool = False, spent: fl
         for sentence in changed + [choice.warning for choice in choices if choice.warning]:
             if group.rank == 0:
                 view.warn(sentence)
-        ignore = (*IDENTITY_IGNORES, *MACHINE_KEYS) if changed else IDENTITY_IGNORES
+        alike = _no_difference(Path(asked.runs) / name, config)
+        ignore = (*IDENTITY_IGNORES, *(MACHINE_KEYS if changed else ()), *alike)
         run = _open(asked, name, config, ignore, group)
         with run as directory, telling_of_memory(MEMORY_REMEDY):
             directory.write("machine.json", json.dumps(asdict(machine), indent=1))
@@ -121,6 +132,26 @@ def _require_equal_settings(config: Config, group: Group) -> None:
                 f"rank {rank} would train with other settings than rank 0 ({'; '.join(differences)}); expected the "
                 "same everywhere, so give these settings on the command line"
             )
+
+
+def _no_difference(path: Path, config: Config) -> list[str]:
+    """Settings that make no other run of the one in ``path``: a monitor that only watches, then as now, changes none.
+
+    Settings that came after the run began, at the values that leave it as it was, do not either.
+    """
+    try:
+        stored = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
+    except Exception:  # of the file or its YAML: `RunDirectory.open` says what is wrong
+        return []
+    if not isinstance(stored, dict):
+        return []
+    alike = []
+    passive = ("off", "watch")
+    if stored.get("monitor", {}).get("mode", "off") in passive and config.monitor.mode in passive:
+        alike.append("monitor")
+    if "priming_updates" not in stored and not config.priming_updates:
+        alike.append("priming_updates")
+    return alike
 
 
 def name_of(overrides: Sequence[str], seed: int) -> str:
@@ -178,9 +209,13 @@ def _train(
                 f"{config.env.task} declares no time limit: an evaluation whose episodes never end stops the "
                 "run with an error; give it one, such as env.kwargs.max_episode_steps=1000"
             )
+        for name, reason in (session.pacer.uninformative if session.pacer else {}).items():
+            view.warn(f"adaptive.signal={name} says nothing on this critic ({reason}), and decides nonetheless")
         source = "a new run"
         if loaded is None and config.init_from is not None:
             source = f"a new run from {initialise(session, config.init_from, config.init_what)}"
+            if session.watcher is not None:
+                session.watcher.rebase()
         if loaded is not None:
             source = f"{loaded.path.name}, {session.restore(loaded, view.warn, view.track)}"
             session.watch.lap("resume")
@@ -278,7 +313,7 @@ def expected_peak(session: Session) -> int:
 def describe(session: Session, choices: Iterable[Choice]) -> list[tuple[str, str, str]]:
     """The start-up banner: what was decided, and why."""
     config, envs, replay = session.config, session.envs, session.replay
-    assert config.replay.batch_size and config.replay_ratio and config.replay.capacity
+    assert config.replay.batch_size and config.replay.capacity
     queues = 1 if replay.holdout is None else 2
     batch = config.replay.batch_size * session.group.size
     share = f"each has {envs.num_envs} environments and draws {config.replay.batch_size} rows"
@@ -296,12 +331,18 @@ def describe(session: Session, choices: Iterable[Choice]) -> list[tuple[str, str
     horizon = "the budget" if config.schedule.kind == "budget" else f"{config.schedule.horizon:,} updates"
     constant = isinstance(config.agent, SACConfig) and config.agent.final_learning_rate is None
     rates = "learning rates are constant" if constant else f"learning rates follow half a cosine over {horizon}"
+    priming = []
+    if config.priming_updates:
+        first = f"on the first {session.replay_ratio.minimum:,} transitions, before training goes on"
+        priming = [("priming", f"{config.priming_updates:,} updates", first)]
     return [
         ("environment", envs.description, f"observations: {groups}; {envs.action_dim} actions in [-1, 1]"),
         ("autoreset", envs.autoreset.value, "declared by the backend"),
         ("seed", str(config.seed), "training, evaluation and every rebuild use different streams of it"),
         ("budget", budget, "whichever comes first" if " or " in budget else "then a final evaluation"),
         ("schedule", config.schedule.kind, rates),
+        ("monitor", config.monitor.mode, MONITOR[config.monitor.mode]),
+        *priming,
         (
             "replay memory",
             f"{total / 1e6:,.0f} MB",
@@ -309,8 +350,8 @@ def describe(session: Session, choices: Iterable[Choice]) -> list[tuple[str, str
         ),
         (
             "samples per transition",
-            f"{config.replay_ratio * batch:g}",
-            f"replay ratio {config.replay_ratio:g} x batch {batch}",
+            f"{config.first_replay_ratio * batch:g}",
+            f"{'at first: ' if session.pacer else ''}replay ratio {config.first_replay_ratio:g} x batch {batch}",
         ),
         *([("ranks", str(session.group.size), share)] if session.group.size > 1 else []),
         *((choice.what, choice.value, choice.reason) for choice in choices),

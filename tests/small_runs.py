@@ -31,6 +31,7 @@ SMALL = [
     "checkpoint.every=100",
     "tracking.every=70",
     "env.rebuild_every=60",
+    "monitor=off",
 ]
 """150 vector steps with two rebuilds, a wrapped ring, random and learned actions."""
 

@@ -16,6 +16,7 @@ COLUMNS = {
     "replay": ["batch", "n", "buffer", "us per sample", "times rlplastic's", "bytes per transition"],
     "loop": ["task", "envs", "threads", "raw envpool", "loop", "ratio"],
     "scaling": ["part", "size", "us", "relative", "of raw"],
+    "monitor": ["agent", "width", "batch", "update ms", "forward ms", "ranks ms", "share"],
     "update": ["width", "batch", "precision", "compile", "update ms", "floor ms", "ratio", "GFLOP"],
 }
 QUICK = ["quick=true", "repeats=2", "threads=1"]

@@ -36,13 +36,15 @@ class Adam:
         self._weight_decay = weight_decay
         self._first = [torch.zeros_like(parameter) for parameter in self.parameters]
         self._second = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self._steps = torch.zeros((), device=self.parameters[0].device)
+        # One counter each, so that a parameter can start anew alone; one tensor, so that they advance in one pass.
+        self._counters = torch.zeros(len(self.parameters), device=self.parameters[0].device)
+        self._steps = list(self._counters.unbind())
 
     @torch.no_grad()
     def step(self, gradients: list[Tensor], rate: float) -> None:
         """Move every parameter; ``gradients`` in the order of the parameters, laid out as they are."""
         self.rate = rate
-        self._steps.add_(1)
+        self._counters.add_(1)
         move = torch._fused_adamw_ if self._weight_decay else torch._fused_adam_
         move(
             self.parameters,
@@ -50,7 +52,7 @@ class Adam:
             self._first,
             self._second,
             [],
-            [self._steps] * len(self.parameters),
+            self._steps,
             lr=rate,
             beta1=BETA1,
             beta2=BETA2,
@@ -62,7 +64,7 @@ class Adam:
 
     def state_of(self, index: int) -> dict[str, Tensor]:
         """``step``, ``exp_avg`` and ``exp_avg_sq`` of a parameter, under torch.optim's names; not copies."""
-        return {"step": self._steps, "exp_avg": self._first[index], "exp_avg_sq": self._second[index]}
+        return {"step": self._steps[index], "exp_avg": self._first[index], "exp_avg_sq": self._second[index]}
 
     @torch.no_grad()
     def load(self, index: int, state: dict[str, Tensor]) -> None:

@@ -27,8 +27,11 @@ class Agent(Protocol):
     """Critic updates done so far."""
     td_error: Tensor | None
     """(B,) of the last update, if its batch had weights: what new priorities are made of."""
-    modules: dict[str, nn.Module]
-    """Named networks, for checkpoints, norms and the plasticity monitor."""
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Named networks, for checkpoints, norms and the plasticity monitor."""
+        ...
 
     @property
     def reward_scale(self) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlplastic.agents.layers import BatchNorm
+from rlplastic.agents.layers import BatchNorm, Recorded
 from rlplastic.distributed import Bucket, Group, Reduce, dense
 
 
@@ -35,37 +35,37 @@ def reduction(group: Group, bn_sync: str, *modules: nn.Module) -> Reduce:
         return dense
     layers = [layer for module in modules for layer in module.modules() if isinstance(layer, BatchNorm)]
     for layer in layers:
-        layer.ranks = group.size
         if bn_sync == "forward":
-            layer.normalise = partial(normalise_over_ranks, group.average)
+            layer.normalise, layer.ranks = partial(normalise_over_ranks, group.average), group.size
         else:
-            layer.deferred = True
+            layer.recording = True
     bucket = Bucket(group.average)
-    return bucket if bn_sync == "forward" else PooledReduction(bucket, layers)
+    return bucket if bn_sync == "forward" else PooledReduction(bucket, layers, group.size)
 
 
 class PooledReduction:
     """Averages tensors, and carries the moments of batch norms along."""
 
-    def __init__(self, bucket: Reduce, layers: list[BatchNorm]) -> None:
-        self._bucket, self._layers = bucket, layers
+    def __init__(self, bucket: Reduce, layers: list[BatchNorm], ranks: int) -> None:
+        self._bucket, self._layers, self._ranks = bucket, layers, ranks
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
         """The means over ranks; the layers' running statistics follow the batches of all ranks."""
-        reduced = self._bucket([*tensors, *(moment for layer in self._layers for moment in _shifted(layer))])
+        recorded = [layer.recorded for layer in self._layers if layer.recorded is not None]
+        reduced = self._bucket([*tensors, *(moment for batch in recorded for moment in _shifted(batch))])
         means, squares = reduced[len(tensors) :: 2], reduced[len(tensors) + 1 :: 2]
-        for layer, shift, square in zip(self._layers, means, squares, strict=True):
-            assert layer.batch is not None
-            layer.follow(layer.running_mean + shift, (square - shift.square()).clamp_min(0), layer.batch[2])
+        for layer, batch, shift, square in zip(self._layers, recorded, means, squares, strict=True):
+            layer.running_mean.copy_(batch.running_mean)
+            layer.running_var.copy_(batch.running_var)
+            pooled = batch.running_mean + shift, (square - shift.square()).clamp_min(0)
+            layer.follow(*pooled, batch.rows * self._ranks)
         return reduced[: len(tensors)]
 
 
-def _shifted(layer: BatchNorm) -> tuple[Tensor, Tensor]:
-    """First and second moment of the newest batch around the running mean."""
-    assert layer.batch is not None, "the layer has seen no batch"
-    mean, variance, _ = layer.batch
-    shift = mean - layer.running_mean
-    return shift, variance + shift.square()
+def _shifted(batch: Recorded) -> tuple[Tensor, Tensor]:
+    """First and second moment of a batch around the running mean before it."""
+    shift = batch.mean - batch.running_mean
+    return shift, batch.variance + shift.square()
 
 
 class _Average(torch.autograd.Function):

@@ -5,9 +5,10 @@ They differ in their networks and losses, in the noise they explore with, and in
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from rlplastic.agents import steps
 from rlplastic.agents.exploration import uniform_actions
 from rlplastic.agents.reward_scaling import RewardScaler
 from rlplastic.config import FlashSACConfig, SACConfig
+from rlplastic.distributed import ALONE, Group
 from rlplastic.envs.base import Observation, Step
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ class SoftActorCritic(ABC, Generic[L]):
         planned_updates: stretch the learning-rate cosine over this many critic updates (the published schedule);
             None: over the budget, by the fraction given to `update`.
         device: where the networks live.
-        rank: of this process; every rank draws noise of its own.
+        group: the ranks that learn together; every rank draws noise of its own.
     """
 
     COLUMNS: ClassVar[tuple[str, ...]] = ("reward.returns",)
@@ -59,23 +61,24 @@ class SoftActorCritic(ABC, Generic[L]):
         seed: int,
         planned_updates: int | None,
         device: torch.device | str,
-        rank: int = 0,
+        group: Group = ALONE,
     ) -> None:
         self.learner = learner
-        self.config, self.device, self.seed, self.rank = agent, torch.device(device), seed, rank
-        self._update_seed = seeding.key("update", seed, rank) if rank else seed
+        self.config, self.device, self.seed, self.group = agent, torch.device(device), seed, group
+        self._update_seed = seeding.key("update", seed, group.rank) if group.rank else seed
         self.action_dim = action_dim
         self.updates = 0
         self.td_error: Tensor | None = None
-        self.modules: dict[str, nn.Module] = {
-            "actor": learner.actor,
-            "critic": learner.critic,
-            "target_critic": learner.target_critic,
-        }
-        self._critic_group = critic_group
+        self.critic_group = critic_group
         self._planned_updates = planned_updates
         self._scaler = scaler
         self._reward_scale = torch.ones((), device=self.device)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The networks by name."""
+        learner = self.learner
+        return {"actor": learner.actor, "critic": learner.critic, "target_critic": learner.target_critic}
 
     # Acting
 
@@ -89,7 +92,7 @@ class SoftActorCritic(ABC, Generic[L]):
     ) -> NDArray[np.float32]:
         """Actions tanh(mean + std * noise), or uniform random ones."""
         if uniform:
-            return uniform_actions(len(active), self.action_dim, self.seed, step, self.rank)
+            return uniform_actions(len(active), self.action_dim, self.seed, step, self.group.rank)
         noise = torch.from_numpy(self.exploration_noise(step, active)).to(self.device)
         mean, log_std = self.learner.actor(self._policy_input(observation))
         actions: NDArray[np.float32] = torch.tanh(mean + log_std.exp() * noise).cpu().numpy()
@@ -125,7 +128,7 @@ class SoftActorCritic(ABC, Generic[L]):
             return torch.randn(count, self.action_dim, generator=rng, device=self.device)
 
         actor_noise = noise(self.ACTOR_ROWS * rows) if self.actor_is_due else None
-        return self.update_with(steps.inputs_of(batch, self._critic_group), actor_noise, noise(rows), budget_used)
+        return self.update_with(steps.inputs_of(batch, self.critic_group), actor_noise, noise(rows), budget_used)
 
     @property
     def actor_is_due(self) -> bool:
@@ -168,9 +171,30 @@ class SoftActorCritic(ABC, Generic[L]):
             "temperature": (learner.temperature_optimizer, None),
         }
 
+    def branch(self) -> Self:
+        """A twin that learns what this agent would: its own copy of all that is learned, the rest is shared.
+
+        After equal updates both are equal bit for bit. Reward statistics, held noise and compiled losses are one.
+        """
+        twin = copy.copy(self)
+        twin.learner = copy.deepcopy(self.learner)
+        return twin
+
+    def learned_state(self) -> dict[str, Tensor]:
+        """Networks, optimizers and temperature: what an update moves; not copies."""
+        return steps.learned_state(self.modules, self.learner.log_alpha, self._optimizers())
+
+    def load_learned_state(self, state: dict[str, Tensor]) -> None:
+        """Take over `learned_state` of an agent of the same sizes in place, bit for bit.
+
+        Raises:
+            RuntimeError: names or shapes differ from this agent's.
+        """
+        steps.load_learned_state(state, self.modules, self.learner.log_alpha, self._optimizers())
+
     def state_dict(self) -> dict[str, Tensor]:
         """Networks, optimizers, temperature, reward statistics and counters as flat CPU tensors."""
-        state = steps.learned_state(self.modules, self.learner.log_alpha, self._optimizers())
+        state = self.learned_state()
         state |= {f"reward.{entry}": value for entry, value in self._scaler.state_dict().items()}
         state["updates"] = torch.tensor(self.updates)
         return {name: value.detach().cpu() for name, value in state.items()}
@@ -194,6 +218,6 @@ class SoftActorCritic(ABC, Generic[L]):
         Raises:
             RuntimeError: names or shapes differ from this agent's.
         """
-        steps.load_learned_state(state, self.modules, self.learner.log_alpha, self._optimizers())
+        self.load_learned_state(state)
         self._scaler.load_state_dict(steps.part(state, "reward."))
         self.updates = int(state["updates"])

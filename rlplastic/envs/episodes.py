@@ -36,6 +36,8 @@ class EpisodeStatistics:
         self._lengths = np.zeros(num_envs, np.int64)
         self._after_done = np.zeros(num_envs, np.bool_)
         self._finished: list[FinishedEpisodes] = []
+        self.ended = _NONE.returns
+        """Returns of the episodes that ended in the newest vector step."""
 
     @property
     def active(self) -> NDArray[np.bool_]:
@@ -51,6 +53,7 @@ class EpisodeStatistics:
         np.add(self._returns, step.reward, out=self._returns, where=valid)
         self._lengths += valid
         done = (step.terminated | step.truncated) & valid
+        self.ended = self._returns[done]
         if done.any():
             (ended,) = np.nonzero(done)
             self._finished.append(

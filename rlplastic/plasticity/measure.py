@@ -122,6 +122,11 @@ def measure(
     return _named(subject.name, found)
 
 
+def gradient_dormancy(subject: Subject, batch: Any) -> dict[str, float]:  # noqa: ANN401
+    """`gradient_dormant` of every layer and the module, without the rest of its tier: one backward pass."""
+    return _named(subject.name, _gradient_dormancy(subject, batch))
+
+
 def uninformative(subject: Subject, measured: Mapping[str, float]) -> dict[str, str]:
     """Those of ``measured`` that say nothing on this kind of network, with the reason: never to be read as healthy."""
     reasons = {key: subject.profile.reason(key) for key in measured}
@@ -230,12 +235,7 @@ def _gradients(subject: Subject, batch: Any, micro_batches: Sequence[Any]) -> di
     loss = subject.loss
     if loss is None:
         return found
-    if isinstance(subject.read, ModuleReader):
-        layers = subject.read.gradients(lambda: loss(batch))
-        ratios = {name: units.gradient_dormant_ratio(layer.values) for name, layer in layers.items()}
-        found |= {f"{name}/gradient_dormant": ratio for name, ratio in ratios.items()}
-        sizes = [layer.values.shape[-1] for layer in layers.values()]
-        found[f"{MODULE}/gradient_dormant"] = units.weighted_by_units(list(ratios.values()), sizes)
+    found |= _gradient_dormancy(subject, batch)
     parameters = [p for p in subject.module.parameters() if p.requires_grad]
     with torch.enable_grad():
         found[f"{MODULE}/gradient_norm"] = gradients.gradient_norm(gradients.flat_gradient(loss(batch), parameters))
@@ -243,6 +243,17 @@ def _gradients(subject: Subject, batch: Any, micro_batches: Sequence[Any]) -> di
         each = gradients.micro_batch_gradients(loss, micro_batches, parameters)
         found[f"{MODULE}/gradient_signal_to_noise"] = gradients.gradient_signal_to_noise(each)
     return found
+
+
+def _gradient_dormancy(subject: Subject, batch: Any) -> dict[str, Tensor | float]:  # noqa: ANN401
+    loss = subject.loss
+    if loss is None or not isinstance(subject.read, ModuleReader):
+        return {}
+    layers = subject.read.gradients(lambda: loss(batch))
+    ratios = {name: units.gradient_dormant_ratio(layer.values) for name, layer in layers.items()}
+    sizes = [layer.values.shape[-1] for layer in layers.values()]
+    ratios[MODULE] = units.weighted_by_units(list(ratios.values()), sizes)
+    return {f"{name}/gradient_dormant": ratio for name, ratio in ratios.items()}
 
 
 def _curvature(subject: Subject, batch: Any, samples: Sequence[Any], seed: int) -> dict[str, Tensor | float]:  # noqa: ANN401

@@ -76,11 +76,14 @@ def logit_entropy(logits: Tensor) -> Tensor:
 
 def average_ranks(values: Tensor) -> Tensor:
     """Ranks 1..n along the last dimension of (..., n), ties sharing their mean: what Spearman's rho correlates."""
-    flat = values.reshape(-1, values.shape[-1])
-    ordered = flat.sort(-1).values.contiguous()
-    below = torch.searchsorted(ordered, flat.contiguous(), right=False)
-    to = torch.searchsorted(ordered, flat.contiguous(), right=True)
-    return ((below + 1 + to).double() / 2).reshape(values.shape)
+    ordered, order = values.sort(-1)
+    place = torch.arange(values.shape[-1], device=values.device).expand_as(ordered)
+    starts = torch.ones_like(ordered, dtype=torch.bool)
+    starts[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
+    first = torch.where(starts, place, 0).cummax(-1).values
+    ends = starts.roll(-1, -1)
+    last = torch.where(ends, place, values.shape[-1]).flip(-1).cummin(-1).values.flip(-1)
+    return torch.zeros_like(values, dtype=torch.float64).scatter(-1, order, (first + last).double() / 2 + 1)
 
 
 def rank_correlation(first: Tensor, second: Tensor) -> Tensor:

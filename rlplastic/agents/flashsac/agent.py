@@ -98,7 +98,7 @@ class FlashSAC(SoftActorCritic[update.Learner]):
             seed=seed,
             planned_updates=planned_updates,
             device=device,
-            rank=group.rank,
+            group=group,
         )
         self._noise = HeldNoise(num_envs, action_dim, agent.noise_repeat_max, agent.noise_per_env, seed, group.rank)
 

@@ -84,12 +84,12 @@ class SAC(SoftActorCritic[steps.Learner]):
             seed=seed,
             planned_updates=planned_updates,
             device=device,
-            rank=group.rank,
+            group=group,
         )
 
     def exploration_noise(self, step: int, active: NDArray[np.bool_]) -> NDArray[np.float32]:
         """Fresh noise in every step: actions are draws from the policy."""
-        return gaussian_noise(len(active), self.action_dim, self.seed, step, self.rank)
+        return gaussian_noise(len(active), self.action_dim, self.seed, step, self.group.rank)
 
     def move(
         self, inputs: steps.Inputs, actor_noise: Tensor | None, target_noise: Tensor, budget_used: float

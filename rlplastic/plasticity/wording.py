@@ -1,0 +1,91 @@
+"""The monitor's findings in words that a person understands, for a terminal and a log."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rlplastic.plasticity.monitor import Alarm, Attempt, Verdict
+
+NAMES = {
+    "batch_norm_reestimation": "re-estimation of batch-norm statistics",
+    "optimizer_reset": "reset of the optimizer",
+    "hare_and_tortoise": "return to the moving average",
+    "continual_backprop": "round of continual backprop",
+    "redo": "reset of dormant units",
+    "regrama": "reset of units without gradient",
+    "last_layer_reset": "reset of the last layer",
+    "shrink_and_perturb": "shrink and perturb",
+    "full_reset": "full reset",
+}
+"""Interventions by their names in the code."""
+
+
+def intervention(name: str) -> str:
+    """An intervention as it is called in a sentence."""
+    return NAMES.get(name, name.replace("_", " "))
+
+
+def pace(ratio: float) -> str:
+    """A probe's ratio: ``38 % more slowly than a fresh network``."""
+    if not math.isfinite(ratio):
+        return "nothing: its numbers are not finite"
+    if ratio >= 2:
+        return f"{ratio:.1f} times as slowly as a fresh network"
+    if abs(ratio - 1) < 0.05:
+        return "as fast as a fresh network"
+    return f"{abs(ratio - 1):.0%} {'more slowly' if ratio > 1 else 'faster'} than a fresh network".replace("%", " %")
+
+
+def percent(share: float) -> str:
+    """``+12 %``."""
+    return f"{share:+.0%}".replace("%", " %") if math.isfinite(share) else "unknown"
+
+
+def alarm(found: Alarm) -> str:
+    """What a metric says, and that it alone decides nothing."""
+    _, module, layer, quantity = found.metric.split("/")
+    words = quantity.removesuffix("_worst").replace("_", " ") + ("" if layer == "all" else f" of {layer}")
+    return (
+        f"alarm: {words} of the {module} is {found.value:.3g}, beyond {found.limit:.3g} (by {found.reference}); "
+        "a probe tells whether it still learns"
+    )
+
+
+def probed(name: str, ratio: float, ill: bool, alarmed: bool) -> str:
+    """What a probe found."""
+    verdict = "it is ill" if ill else "a false alarm" if alarmed else "it is healthy"
+    return f"the {name} learns {pace(ratio)}: {verdict}"
+
+
+def no_cure(name: str, attempts: Sequence[Attempt]) -> str:
+    """That nothing on the ladder suffices."""
+    tried = ", ".join(
+        f"{intervention(a.intervention)} {a.remark or ('' if a.ratio is None else f'{a.ratio:.2f}')}" for a in attempts
+    )
+    return f"the {name} is left as it is: nothing on the ladder makes a copy learn again ({tried})"
+
+
+def judged(outcome: str, name: str, what: str, ill: float, verdict: Verdict) -> str:
+    """The outcome of a verification."""
+    subject = f"the {name} learned {pace(ill)}: {intervention(what)}"
+    if outcome == "committed":
+        return (
+            f"{subject}, verified beside its untouched twin (error against returns {percent(-verdict.gain)}, rank "
+            f"correlation {verdict.twin.rank_correlation:.2f} -> {verdict.branch.rank_correlation:.2f}), committed"
+        )
+    why = " and ".join(verdict.objections)
+    return f"{subject}, not yet good enough: {why}; " + (
+        "the branch learns on" if outcome == "extended" else "the branch is dropped, nothing changed"
+    )
+
+
+def settled(kept: bool, report: Mapping[str, float | int | None]) -> str:
+    """How a recovery window ended."""
+    before, after = report["return_before"], report["return_after"]
+    seen = "no return was seen" if before is None or after is None else f"return {before:.4g} -> {after:.4g}"
+    back = report["updates_to_recover"]
+    took = "" if back is None else f", back after {back:,} updates"
+    return f"the intervention is kept ({seen}{took})" if kept else f"the return was lost ({seen}): taken back"
