@@ -138,7 +138,7 @@ class Session:
         """The most that `actions` will hold before the environments are built anew, or the budget is spent."""
         steps = self._rebuild_every
         if self.config.env_steps is not None:
-            steps = min(steps, self.config.env_steps // self.envs.num_envs)
+            steps = min(steps, self.config.env_steps // (self.envs.num_envs * self.group.size))
         return steps * self.envs.num_envs * self.envs.action_dim * 4
 
     def store_received(self) -> None:
@@ -316,9 +316,9 @@ def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def checksums(modules: Mapping[str, nn.Module]) -> dict[str, int]:
-    """The sum of the bits of every parameter and buffer, by name, in one transfer."""
+    """The sum of the bytes of every parameter and buffer, by name, in one transfer."""
     entries = {f"{key}.{name}": value for key, module in modules.items() for name, value in module.state_dict().items()}
-    sums = torch.stack([value.flatten().view(torch.int32).sum(dtype=torch.int64) for value in entries.values()])
+    sums = torch.stack([value.flatten().view(torch.uint8).sum(dtype=torch.int64) for value in entries.values()])
     return dict(zip(entries, sums.tolist(), strict=True))
 
 

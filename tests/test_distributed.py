@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import socket
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -115,3 +120,38 @@ def test_a_restart_and_the_ranks_of_a_machine_are_known_from_torchruns_variables
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2 * cores))
     assert restarted() and probe_machine("cpu").cores == 1
+
+
+GLOO = """
+import json, os, torch
+from rlplastic.distributed import joined
+from rlplastic.errors import DistributedError
+with joined("cpu", 60.0) as group:
+    tensor = torch.arange(3.0) + group.rank
+    group.average(tensor)
+    print(json.dumps([tensor.tolist(), group.exchange(["x" * group.rank]), group.total(group.rank + 1)]), flush=True)
+    if group.rank:
+        os._exit(0)
+    try:
+        group.total(1)
+    except DistributedError as error:
+        print(json.dumps(str(error)), flush=True)
+        os._exit(0)
+"""
+
+
+def test_processes_meet_over_gloo_and_a_lost_rank_is_told_in_one_sentence() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", GLOO], env={**common, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [process.communicate(timeout=120)[0].splitlines() for process in ranks]
+    assert [json.loads(lines[0]) for lines in outputs] == [[[0.5, 1.5, 2.5], [[""], ["x"]], 3]] * 2
+    told = json.loads(outputs[0][1])
+    assert told.startswith("rank 0 of 2 lost the others (") and "an answer within 60 s" in told

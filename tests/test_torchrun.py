@@ -14,15 +14,19 @@ from pathlib import Path
 import pytest
 from small_runs import SMALL, final_state, run
 
+from rlplastic import diagnose_run
+
 RUN = [*SMALL, "name=run", "distributed.timeout=60"]
 PATIENCE = 240.0
 """Seconds that a busy machine may take."""
 
 
 def torchrun(folder: Path, *overrides: str, ranks: int = 2, flags: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    chosen = {override.partition("=")[0] for override in overrides}
+    plain = [override for override in RUN if override.partition("=")[0] not in chosen]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *flags]
     return subprocess.Popen(
-        [*command, "-m", "rlplastic.train", *RUN, f"runs={folder}", *overrides],
+        [*command, "-m", "rlplastic.train", *plain, f"runs={folder}", *overrides],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -89,6 +93,8 @@ def test_the_same_command_gives_the_same_bits_on_every_rank(tmp_path: Path, refe
     assert states(tmp_path) == reference
     assert reference[0]["replay"] != reference[1]["replay"]
     assert reference[0]["progress"]["transitions"] == 600  # type: ignore[index]
+    # a verb that reads the replay reads that of all ranks
+    assert "after 99 updates" in diagnose_run(tmp_path / "run", rows=32, probe_steps=0).subject
 
 
 @pytest.mark.slow
@@ -170,6 +176,18 @@ def test_two_ranks_become_one_and_two_again(tmp_path: Path) -> None:
 def test_every_agent_and_kind_of_synchronisation_trains(tmp_path: Path, options: list[str]) -> None:
     trained(tmp_path, "env_steps=300", *options)
     assert step_of(tmp_path) == 300
+
+
+@pytest.mark.slow
+def test_interventions_and_an_adaptive_replay_ratio_keep_ranks_identical(tmp_path: Path) -> None:
+    """The ranks compare their networks at every log; every network counts as ill, and every branch as good enough."""
+    treating = ["monitor.probe_steps=5", "monitor.budget=100", "monitor.ill=0.001", "monitor.healthy=1000"]
+    treating += ["monitor.value_margin=1000", "monitor.rank_margin=2", "monitor.verify_updates=10"]
+    pacing = ["replay_ratio=adaptive", "adaptive.window=100", "replay.holdout=0.3"]
+    trained(tmp_path, "monitor=full", *treating, *pacing)
+    lines = (tmp_path / "run" / "plasticity.jsonl").read_text().splitlines()
+    events = {json.loads(line)["event"] for line in lines}
+    assert {"probe", "branch", "committed", "replay_ratio"} <= events
 
 
 @pytest.mark.slow

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 import torch
+from batches import random_batch
 from ranks import Threads, succeed
 
+from rlplastic.agents import steps, subjects
 from rlplastic.agents.flashsac import FlashSAC
 from rlplastic.agents.layers import BatchNorm
 from rlplastic.agents.pooling import normalise_over_ranks, reduction
@@ -25,6 +27,7 @@ DIMS, ACTIONS, ENVS, ROWS = {"policy": 5, "critic": 7}, 2, 4, 32
 BUILDING = threading.Lock()
 """Networks are initialised from torch's global generator."""
 Agent = FlashSAC | SAC
+A = TypeVar("A", bound=Agent)
 
 
 def agent_of(name: str, group: Group = ALONE, bn_sync: str = "running") -> Agent:
@@ -62,7 +65,7 @@ def update_of(index: int) -> tuple[Inputs, torch.Tensor, torch.Tensor]:
     return inputs, normal(2, ROWS, ACTIONS), normal(ROWS, ACTIONS)
 
 
-def moved(agent: Agent, updates: int, group: Group = ALONE) -> Agent:
+def moved(agent: A, updates: int, group: Group = ALONE) -> A:
     """After updates on this rank's rows of every batch."""
     rows = slice(group.rank * ROWS // group.size, (group.rank + 1) * ROWS // group.size)
     for index in range(updates):
@@ -86,6 +89,32 @@ def test_ranks_are_identical_bit_for_bit_after_two_hundred_updates(name: str, bn
     assert all(torch.equal(first[name], second[name]) for name in first)
     untouched = learned(agent_of(name))
     assert not any(torch.equal(first[entry], untouched[entry]) for entry in first if entry.endswith("weight"))
+
+
+@pytest.mark.parametrize("bn_sync", ["running", "forward"])
+def test_a_branch_learns_what_its_original_does_on_all_ranks(bn_sync: str) -> None:
+    def learn(group: Threads) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        agent = moved(agent_of("flashsac", group, bn_sync), 3, group)
+        twin = agent.branch()
+        return learned(moved(twin, 5, group)), learned(moved(agent, 5, group))
+
+    (twin, original), (elsewhere, _) = succeed(2, learn)
+    assert all(torch.equal(twin[name], original[name]) and torch.equal(twin[name], elsewhere[name]) for name in twin)
+
+
+def test_what_is_read_on_several_ranks_is_the_rows_of_all_in_their_order() -> None:
+    def read(group: Threads) -> Inputs:
+        batch = random_batch(DIMS, ACTIONS, 6, group.rank, kept=0.8)
+        return subjects.inputs_of(agent_of("sac", group), batch)
+
+    first, second = succeed(2, read)
+    for name in ("observation", "next_critic_observation", "action", "reward", "discount"):
+        parts = [
+            getattr(steps.inputs_of(random_batch(DIMS, ACTIONS, 6, rank, kept=0.8), "critic"), name) for rank in (0, 1)
+        ]
+        assert torch.equal(getattr(first, name), torch.cat(parts)) and torch.equal(
+            getattr(second, name), torch.cat(parts)
+        )
 
 
 @pytest.mark.parametrize(("name", "bn_sync"), [("flashsac", "forward"), ("sac", "running")])
