@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "compose": "rlplastic.composition",
     "diagnose_run": "rlplastic.diagnosis",
+    "export_policy": "rlplastic.exporting.build",
     "load_policy": "rlplastic.policy",
     "make_agent": "rlplastic.agents",
     "make_envs": "rlplastic.envs",
@@ -25,10 +26,20 @@ if TYPE_CHECKING:
     from rlplastic.composition import compose as compose
     from rlplastic.diagnosis import diagnose_run as diagnose_run
     from rlplastic.envs import make_envs as make_envs
+    from rlplastic.exporting.build import export_policy as export_policy
     from rlplastic.policy import load_policy as load_policy
     from rlplastic.training import train_agent as train_agent
 
-__all__ = ["__version__", "compose", "diagnose_run", "load_policy", "make_agent", "make_envs", "train_agent"]
+__all__ = [
+    "__version__",
+    "compose",
+    "diagnose_run",
+    "export_policy",
+    "load_policy",
+    "make_agent",
+    "make_envs",
+    "train_agent",
+]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the submodule defines

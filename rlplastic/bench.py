@@ -14,10 +14,12 @@ from omegaconf import MISSING
 from rlplastic.command_line import leave, parse, run_verb
 from rlplastic.errors import ConfigurationError, nearest
 
-SUBJECTS = ("replay", "loop", "scaling", "update", "monitor", "time_to_return")
+SUBJECTS = ("replay", "loop", "scaling", "update", "monitor", "export", "time_to_return")
 """Modules of `rlplastic.benchmarking`; each has ``measure(options) -> rows`` and a ``CAPTION``."""
+CRITICS = ("categorical", "flow")
+"""Whose updates are measured."""
 LIBRARIES = (
-    *("rlplastic", "torch", "numpy", "envpool", "mujoco", "triton", "gymnasium"),
+    *("rlplastic", "torch", "numpy", "envpool", "mujoco", "triton", "gymnasium", "onnxruntime"),
     *("stable-baselines3", "sb3-contrib", "sbx-rl", "jax", "torchrl", "skrl"),
 )
 
@@ -27,11 +29,11 @@ class Arguments:
     """Measure a part of rlplastic on this machine; leave it idle meanwhile.
 
     what: replay (sampling beside Stable-Baselines3 and TorchRL, if installed), loop (without learning, beside raw
-    envpool), scaling (of both with environments and capacity), update (beside its own matrix products),
-    monitor (what watching plasticity costs) or time_to_return (a training beside one of every peer, in a checkout);
-    out: JSON file for the numbers; threads: of torch, all cores if left out; repeats: of every figure, of which the
-    median counts; task and minutes: of time_to_return, the minutes for every contender; quick: small sizes, to try the
-    command.
+    envpool), scaling (of both with environments and capacity), update (beside its own matrix products), monitor (what
+    watching plasticity costs), export (one action of an exported policy beside torch) or time_to_return (a training
+    beside one of every peer, in a checkout); out: JSON file for the numbers; threads: of torch, all cores if left out;
+    repeats: of every figure, of which the median counts; critic: of update, categorical, or flow, by its steps and
+    noises; task and minutes: of time_to_return, the minutes for every contender; quick: small sizes, to try it.
     """
 
     what: str = MISSING
@@ -40,6 +42,7 @@ class Arguments:
     repeats: int = 30
     task: str = "halfcheetah"
     minutes: float = 2.0
+    critic: str = "categorical"
     quick: bool = False
 
 
@@ -58,6 +61,8 @@ def main(arguments: Sequence[str]) -> None:
     for name, number in (("repeats", options.repeats), ("threads", options.threads)):
         if number is not None and number < 1:
             raise ConfigurationError(f"{name}={number} is out of range; expected a number of 1 or more")
+    if options.critic not in CRITICS:
+        raise ConfigurationError(f"critic={options.critic!r} cannot be measured; {nearest(options.critic, CRITICS)}")
     if options.minutes <= 0:
         raise ConfigurationError(f"minutes={options.minutes:g} is no time to train; expected more than 0")
 

@@ -8,13 +8,12 @@ valid name.
 from __future__ import annotations
 
 import atexit
-import dataclasses
 import os
 import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
@@ -113,7 +112,7 @@ def _finish_output() -> None:
 
 
 def parse(arguments: Sequence[str], schema: type[T], verb: str) -> T:
-    """`key=value` arguments as an instance of the dataclass ``schema``.
+    """`key=value` arguments as an instance of the dataclass ``schema``; a field's own fields are `key.field=value`.
 
     Raises:
         ConfigurationError: unknown key, value of the wrong type, missing required key, or not `key=value` at all.
@@ -121,14 +120,14 @@ def parse(arguments: Sequence[str], schema: type[T], verb: str) -> T:
     from omegaconf import MISSING, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    config = OmegaConf.structured(schema)
+    fields = flatten(OmegaConf.to_container(config))
     usage = f"python -m rlplastic.{verb} " + " ".join(
-        f"{name}=…" if field.default == MISSING else f"[{name}={field.default}]" for name, field in fields.items()
+        f"{name}=…" if default == MISSING else f"[{name}={default}]" for name, default in fields.items()
     )
     if any(argument in ("-h", "--help") for argument in arguments):
         print(f"usage: {usage}\n{(schema.__doc__ or '').strip()}")
         raise SystemExit(0)
-    config = OmegaConf.structured(schema)
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if not equals:
@@ -136,7 +135,7 @@ def parse(arguments: Sequence[str], schema: type[T], verb: str) -> T:
         if name not in fields:
             raise ConfigurationError(f"unknown key {name!r}, {nearest(name, fields)} usage: {usage}")
         try:
-            OmegaConf.update(config, name, OmegaConf.from_dotlist([f"{name}={value}"])[name])
+            OmegaConf.update(config, name, OmegaConf.select(OmegaConf.from_dotlist([f"{name}={value}"]), name))
         except OmegaConfBaseException as error:
             raise ConfigurationError(f"{name}={value} was refused: {first_line(error)}; usage: {usage}") from error
     missing = [name for name in fields if OmegaConf.is_missing(config, name)]
@@ -159,6 +158,11 @@ def flatten(config: object, prefix: str = "") -> dict[str, Any]:
     for name, value in config.items():
         flat |= flatten(value, f"{prefix}.{name}" if prefix else str(name))
     return flat
+
+
+def within(key: str, sections: Collection[str]) -> bool:
+    """Whether a dotted key is one of ``sections`` or lies in one of them."""
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
 def override_key(override: str) -> str:

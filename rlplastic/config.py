@@ -1,13 +1,43 @@
 """The typed schema of every setting, registered with Hydra; each field carries its sentence and its source.
 
-Sources: [F] FlashSAC, arXiv 2604.04539; [S] SAC, arXiv 1812.05905. A field that may be ``None`` is filled in by
-`rlplastic.presets.resolve` from the hardware and the environment, and the choice is printed with its reason.
+Sources: [F] FlashSAC, arXiv 2604.04539; [S] SAC, arXiv 1812.05905; [Q] floq, arXiv 2509.06863.
+A field that may be ``None`` is filled in by `rlplastic.presets.resolve` from the hardware and the environment, and the
+choice is printed with its reason.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+
+HANDLING = (
+    *("name", "runs", "fresh", "resume", "accept_machine"),
+    *("evaluation", "checkpoint", "tracking", "profile", "distributed"),
+)
+"""Settings, or sections, that say how a run is named, kept, watched and spread, and not what it is."""
+
+
+@dataclass
+class RandomiseConfig:
+    """Domain randomisation: [lowest, highest] of each perturbation, drawn anew for every episode; None: left alone.
+
+    gymnasium backend only. What each one does: `rlplastic.envs.perturbation`.
+    """
+
+    observation_noise: list[float] | None = None
+    """Standard deviation of noise on observations, in their units."""
+    observation_delay: list[int] | None = None
+    """Steps by which observations come late."""
+    action_delay: list[int] | None = None
+    """Steps by which actions come late."""
+    friction: list[float] | None = None
+    """Factor on all friction coefficients."""
+    mass: list[float] | None = None
+    """Factor on all masses and inertias."""
+    gain: list[float] | None = None
+    """Factor on the force of every actuator."""
+    push: list[float] | None = None
+    """Force of pushes on the root body, in weights of the robot."""
 
 
 @dataclass
@@ -35,6 +65,15 @@ class EnvConfig:
     must replay; None: 20 time limits."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Passed to the backend's constructor (`env.kwargs.frame_skip=2`)."""
+    randomise: RandomiseConfig = field(default_factory=RandomiseConfig)
+    switch_every: int | None = None
+    """gymnasium backend only: environment transitions after which the task switches; None: it never does."""
+    switch: str = "friction"
+    """What switches then: `friction`, or the order of `observations` or of `actions`; read with `switch_every` only."""
+    switch_seed: int = 0
+    """Which sequence of tasks a run goes through, whatever its `seed`: runs to be compared meet the same tasks."""
+    switch_friction: list[float] = field(default_factory=lambda: [0.02, 2.0])
+    """Factor on friction, drawn log-uniformly between these for every task (arXiv 2306.13812, its code)."""
 
 
 @dataclass
@@ -58,8 +97,9 @@ class AgentConfig:
     """The actor and the temperature learn on every `actor_every`-th update, the first included; 2 [F], 1 [S]."""
     initial_alpha: float = 1.0
     """Entropy temperature at the start; 0.01 [F], Stable-Baselines3's 1 for SAC."""
-    reward_scaling: bool = False
-    """Divide rewards by the running scale of the discounted return at sampling time; on in [F]."""
+    reward_scaling: bool | None = None
+    """Divide rewards by the running scale of the discounted return at sampling time; on in [F]; None: where the
+    critic's values have bounds, which scalar ones have not."""
     backup_entropy: bool = True
     """Put the entropy bonus into the critic's target as published [S, F]."""
 
@@ -77,7 +117,7 @@ class FlashSACConfig(AgentConfig):
     initial_alpha: float = 0.01
     target_std: float = 0.15
     """The target entropy is that of a Gaussian with this deviation in every action dimension [F]."""
-    reward_scaling: bool = True
+    reward_scaling: bool | None = True
     noise_repeat_max: int = 16
     """Exploration noise is held for k steps, k in 1..`noise_repeat_max`, P(k) ~ k^-2 [F]; 1 draws afresh every step."""
     noise_per_env: bool = True
@@ -104,7 +144,7 @@ class SACConfig(AgentConfig):
 
 @dataclass
 class CriticConfig:
-    """How the critic represents a value: `critic=` chooses `CategoricalCriticConfig` or `ScalarCriticConfig`."""
+    """How the critic represents a value: `critic=` chooses one of the configurations below."""
 
     kind: str
     num_members: int = 2
@@ -129,13 +169,39 @@ class ScalarCriticConfig(CriticConfig):
     kind: str = "scalar"
 
 
+@dataclass
+class FlowCriticConfig(CriticConfig):
+    """The end point of a flow whose velocity is learned [Q]; see docs/flow_critic.md."""
+
+    kind: str = "flow"
+    steps: int = 8
+    """K, Euler steps of a reading [Q]."""
+    noises: int = 8
+    """m, noises of a reading, of a target (each with a next action of its own) and of the loss [Q]."""
+    support: float = 5.0
+    """Targets are clipped to [-support, support], in units of the scaled return; the categorical critic's [F]."""
+    coverage: float = 0.1
+    """kappa: noise covers this share of the support, around 0; 0.1, on one task 0.25 [Q]."""
+    prediction: str = "velocity"
+    """velocity, or endpoint: outputs are the path's end, which removes the benefit (an ablation) [Q]."""
+    time_embedding: str = "cosines"
+    """cosines: cos(k pi t), k = 0..63, as the paper says; cosine: cos(t), as its released code does; none [Q]."""
+    noise: str = "fresh"
+    """fresh: every reading and target draws its noises [Q]; bank: all take the same ones, in pairs z, -z."""
+    target_members: str = "mean"
+    """mean or min: what the target takes of the members' end points; min on one task [Q]."""
+    reading: str = "distilled"
+    """What the actor climbs. distilled: scalar critics regressed onto the flow's mean end point [Q]; one_step: a single
+    Euler step from the bank."""
+    actor_members: str = "min"
+    """min or mean: what the actor climbs of the members' values [S, F]."""
+
+
 VARIANTS: dict[str, dict[str, type]] = {
     "agent": {"flashsac": FlashSACConfig, "sac": SACConfig},
-    "critic": {"categorical": CategoricalCriticConfig, "scalar": ScalarCriticConfig},
+    "critic": {"categorical": CategoricalCriticConfig, "scalar": ScalarCriticConfig, "flow": FlowCriticConfig},
 }
 """Groups whose choices have settings of their own: the schema of each choice."""
-CRITIC_OF = {"flashsac": "categorical", "sac": "scalar"}
-"""The value representation that each agent learns; others are not built yet."""
 
 
 @dataclass
@@ -284,6 +350,9 @@ class MonitorConfig:
     """Random functions of a probe."""
     ill: float = 1.5
     """A network is ill if its probe is this many times a fresh network's: healthy runs measured up to 1, ill ones 3."""
+    ill_gap: float = 0.1
+    """And if its area under the loss curve is larger by this share of the targets' variance, for of two small areas the
+    ratio says nothing: ill networks measured 0.15 to 0.26, FlashSAC's 0.06 at a ratio of 2.2."""
     healthy: float = 1.2
     """A treated network must come below this."""
     ladder: list[str] = field(

@@ -57,6 +57,12 @@ class LogWriteError(RlplasticError):
     """A log could not be written (full disk, lost permission); exit code 1."""
 
 
+class ExportError(RlplasticError):
+    """An exported policy does not do what the trained one does, or says what is not so; exit code 5."""
+
+    exit_code = 5
+
+
 class DistributedError(RlplasticError):
     """A rank is gone, does not answer, or computed something else than the others; exit code 1."""
 

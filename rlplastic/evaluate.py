@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
     seed = policy.config.seed if options.seed is None else options.seed
     with console.status(f"playing {options.episodes} episodes of {policy.env.task}"):
         # index 0: starting states that no evaluation during training has seen
-        result = evaluate(policy.act, policy.env, seed=seed, episodes=options.episodes)
+        result = evaluate(policy.act, policy.env, seed=seed, episodes=options.episodes, transitions=policy.step)
     low, high = result.ci95
     spread = f"95 % interval {low:.5g} to {high:.5g}" if options.episodes > 1 else "one episode, so no interval"
     view.note(f"{policy.env.task} after {policy.step:,} steps, {options.episodes} episodes, seed {seed}")
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> None:
 
         path = run / "videos" / f"step_{policy.step:012d}.mp4"
         with console.status("recording an episode"):
-            reason = record(policy.act, policy.env, path, seed=seed)
+            reason = record(policy.act, policy.env, path, seed=seed, transitions=policy.step)
         view.note(f"  no video: {reason}" if reason else f"  video at {path}")
 
 

@@ -65,7 +65,13 @@ class Evaluation:
 
 
 def evaluate(
-    act: Callable[[Observation], NDArray[np.float32]], env: EnvConfig, *, seed: int, episodes: int, index: int = 0
+    act: Callable[[Observation], NDArray[np.float32]],
+    env: EnvConfig,
+    *,
+    seed: int,
+    episodes: int,
+    index: int = 0,
+    transitions: int = 0,
 ) -> Evaluation:
     """Play ``episodes`` episodes, one per environment, in environments built for it and closed afterwards.
 
@@ -77,6 +83,7 @@ def evaluate(
         seed: of the run; evaluation environments never share a seed with training environments.
         episodes: E.
         index: counts the evaluations of a run, so that each sees other starting states.
+        transitions: of the run so far; a task that switches stays what it is by then.
 
     Raises:
         ConfigurationError: no or too many episodes were asked for, or an episode did not end.
@@ -84,7 +91,7 @@ def evaluate(
     """
     if not 1 <= episodes <= MOST_EPISODES:
         raise ConfigurationError(f"episodes={episodes} was given; expected a number from 1 to {MOST_EPISODES:,}")
-    envs = make_envs(env, seed=seed, role="eval", num_envs=episodes, rebuild=index)
+    envs = make_envs(env, seed=seed, role="eval", num_envs=episodes, rebuild=index, transitions=transitions)
     try:
         evaluation = first_episodes(act, envs)
     finally:

@@ -26,13 +26,15 @@ from rlplastic.errors import CheckpointError, ConfigurationError, nearest
 class Policy:
     """A policy to act with; made by `load_policy`.
 
-    actor: the network; config: the run's resolved configuration; step: environment transitions it was trained on.
+    actor: the network; config: the run's resolved configuration; step: environment transitions it was trained on;
+    checkpoint: the directory it was read from.
     """
 
     actor: Actor
     config: Config
     step: int
     device: torch.device
+    checkpoint: Path
 
     @property
     def env(self) -> EnvConfig:
@@ -90,7 +92,7 @@ def load_policy(
             f"{path} has no checkpoint yet; expected one in {path / 'checkpoints'}: let the run save one first"
         )
     actor = _actor(loaded.tensors("agent"), config.agent.name, loaded.path)
-    return Policy(actor.to(place).requires_grad_(False), config, loaded.step, place)
+    return Policy(actor.to(place).requires_grad_(False), config, loaded.step, place, loaded.path)
 
 
 def read_config(run: Path) -> Config:

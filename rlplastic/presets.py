@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from rlplastic import pacing
-from rlplastic.config import ADAPTIVE, CRITIC_OF, VARIANTS, Config
+from rlplastic.config import ADAPTIVE, VARIANTS, Config
 from rlplastic.distributed import local_ranks
 from rlplastic.errors import ConfigurationError, nearest
 from rlplastic.kernels import dispatch
@@ -208,6 +208,10 @@ class _Settling:
         self.settle("agent.critic_width", 64 if small else 256, network)
         self.settle("agent.actor_width", 32 if small else 128, "half the critic's, as published")
         self.settle("agent.gamma", config.env.gamma, f"published for the {config.env.family} family")
+        if config.agent.reward_scaling is None:
+            bounded = config.critic.kind != "scalar"
+            bounds = "has bounds, which returns must fit" if bounded else "has no bounds"
+            self.settle("agent.reward_scaling", bounded, f"critic={config.critic.kind} {bounds}")
         self.settle("replay.batch_size", 256 if small else 2048, self.kind)
         large = not self.on_cpu and machine.device_gigabytes >= LARGE_GPU_GIGABYTES
         where = f"for {machine.device_gigabytes:.0f} GB of GPU memory" if not self.on_cpu else "for CPU simulators"
@@ -266,6 +270,7 @@ POSITIVE = (
     "env.num_envs",
     "env.threads",
     "env.rebuild_every",
+    "env.switch_every",
     "agent.critic_width",
     "agent.actor_width",
     "agent.num_blocks",
@@ -281,6 +286,9 @@ POSITIVE = (
     "critic.num_atoms",
     "critic.support",
     "critic.num_members",
+    "critic.steps",
+    "critic.noises",
+    "critic.coverage",
     "replay.capacity",
     "replay.minimum",
     "replay.batch_size",
@@ -336,6 +344,9 @@ MOST = {
     "agent.actor_depth": 100,
     "critic.num_atoms": 10_000,
     "critic.num_members": 100,
+    "critic.steps": 1000,
+    "critic.noises": 1000,
+    "critic.coverage": 1,
     "evaluation.episodes": 10_000,
     "evaluation.final_episodes": 10_000,
 }
@@ -344,9 +355,16 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "env.backend": ("envpool", "gymnasium"),
     "env.vectorization": ("sync", "async"),
     "env.autoreset": ("next_step", "same_step", "disabled"),
+    "env.switch": ("friction", "observations", "actions"),
     "agent.name": tuple(VARIANTS["agent"]),
     "critic.kind": tuple(VARIANTS["critic"]),
     "adaptive.rule": ("continuous", "plateau"),
+    "critic.prediction": ("velocity", "endpoint"),
+    "critic.time_embedding": ("cosines", "cosine", "none"),
+    "critic.noise": ("fresh", "bank"),
+    "critic.target_members": ("mean", "min"),
+    "critic.reading": ("distilled", "one_step"),
+    "critic.actor_members": ("min", "mean"),
     "schedule.kind": ("budget", "horizon"),
     "monitor.mode": ("off", "watch", "full", "scheduled"),
     "monitor.scheduled_intervention": tuple(INTERVENTIONS),
@@ -377,7 +395,7 @@ def check(config: Config) -> None:
             raise ConfigurationError(f"{key}={value} is out of range; expected at most {most:,}")
     for key, valid in CHOICES.items():
         value = _value(config, key)
-        if value not in valid:
+        if value not in (None, *valid):
             raise ConfigurationError(f"{key}={value!r} is not a choice; {nearest(str(value), valid)}")
     _check_variants(config)
     for key, value in {"agent.gamma": config.agent.gamma, "env.gamma": config.env.gamma}.items():
@@ -422,11 +440,6 @@ def _check_variants(config: Config) -> None:
         value = getattr(node, name)
         if not isinstance(node, VARIANTS[group][value]):
             raise ConfigurationError(f"{key}={value} does not change the {group}; expected {group}={value} instead")
-    if config.critic.kind != CRITIC_OF[config.agent.name]:
-        raise ConfigurationError(
-            f"critic={config.critic.kind} does not go with agent={config.agent.name} yet; expected "
-            f"critic={CRITIC_OF[config.agent.name]}"
-        )
     if config.precision == "bf16" and config.agent.name == "sac":
         raise ConfigurationError("precision=bf16 does not go with agent=sac; expected float32, or tf32 on a GPU")
 

@@ -26,6 +26,8 @@ class Progress:
     """The vector step at which they were built last."""
     primed: int = 0
     """Updates of `Config.priming_updates` that are done."""
+    built_after: int = 0
+    """The transitions by then."""
     train_seconds: float = 0.0
     """Wall time of all attempts that led here, evaluation excluded."""
 

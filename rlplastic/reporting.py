@@ -10,6 +10,8 @@ from dataclasses import asdict
 import numpy as np
 from numpy.typing import NDArray
 
+from rlplastic.command_line import flatten, within
+from rlplastic.config import HANDLING
 from rlplastic.envs.base import Observation
 from rlplastic.errors import LogWriteError
 from rlplastic.evaluation import Evaluation, evaluate
@@ -167,7 +169,9 @@ class Reporter:
         session, step = self.session, self.session.progress.transitions
         act: Callable[[Observation], NDArray[np.float32]] = session.agent.act
         with self.view.during("evaluating"):
-            result = evaluate(act, session.config.env, seed=session.config.seed, episodes=episodes, index=step)
+            result = evaluate(
+                act, session.config.env, seed=session.config.seed, episodes=episodes, index=step, transitions=step
+            )
         self.last_evaluation = result
         row = EvaluationRow.of(step, session.agent.updates, result)
         self._shown_evaluation = row
@@ -200,6 +204,10 @@ class Reporter:
         """
         with self.view.during("saving"):
             with self._logging():
+                if finished:
+                    settings = flatten(asdict(self.session.config))
+                    told = {key: value for key, value in settings.items() if not within(key, HANDLING)}
+                    self.tracker.hyperparameters(self.session.progress.transitions, told, "eval/return_mean")
                 self.tracker.flush()
             if finished and self._unwritten:
                 raise LogWriteError(

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from rlplastic.command_line import flatten
+from rlplastic.command_line import flatten, within
 from rlplastic.errors import ConfigurationError
 
 LOG_PATTERNS = ("eval.csv", "*.jsonl", "*tfevents*")
@@ -201,16 +201,16 @@ def default_name(env: str, agent: str, seed: int, overrides: Collection[str]) ->
     return f"{clean[: MAX_NAME - 9]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file by ``text`` (UTF-8), flushed to the disk: readers see the old or the new text, whole.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace the file by ``content`` (text as UTF-8), flushed to the disk: readers see the old or the new one, whole.
 
     Raises:
         OSError: the disk is full or a permission is missing; the old file is untouched.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -369,11 +369,7 @@ def _refuse_other_run(path: Path, config: Mapping[str, Any], ignore: Collection[
     different = [
         f"{key}: {old.get(key, missing)} -> {new.get(key, missing)}"
         for key in sorted({*old, *new})
-        if old.get(key, missing) != new.get(key, missing) and not _covered(key, ignore)
+        if old.get(key, missing) != new.get(key, missing) and not within(key, ignore)
     ]
     if different:
         raise ConfigurationError(f"{path} holds a run of another configuration ({'; '.join(different)}); {offer}")
-
-
-def _covered(key: str, ignore: Collection[str]) -> bool:
-    return any(key == entry or key.startswith(f"{entry}.") for entry in ignore)

@@ -3,15 +3,17 @@
 Two kinds. `key` hashes names and numbers to an integer seed, for generators that are re-seeded before each use
 (`generator`) and for the environments' construction seeds. `philox` is the counter-based generator Philox4x32-10
 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011): the same words on every device and in every
-kernel, used for replay indices.
+kernel, used for replay indices. Only what makes tensors imports torch, so that a policy can be played without it.
 """
 
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -35,6 +37,8 @@ def environment_seeds(seed: int, role: str, rank: int, num_envs: int, rebuild: i
 
 def generator(device: torch.device | str, seed: int, stream: str, step: int) -> torch.Generator:
     """A torch generator at the start of the stream named ``(seed, stream, step)``."""
+    import torch
+
     return torch.Generator(device=device).manual_seed(key(seed, stream, step))
 
 
@@ -49,9 +53,9 @@ def philox(counter: Tensor, high: Tensor | int, seed: int) -> tuple[Tensor, Tens
     Returns:
         Four int64 tensors of the common shape, each a word in [0, 2**32).
     """
-    if isinstance(high, Tensor):
-        counter = counter + torch.zeros_like(high)
-    zeros = torch.zeros_like(counter)
+    if not isinstance(high, int):
+        counter = counter + high.new_zeros(high.shape)
+    zeros = counter.new_zeros(counter.shape)
     first, second = counter & _MASK, (counter >> 32) & _MASK  # the shift carries the sign bit along
     third, fourth = zeros + (high & _MASK), zeros + (high >> 32)
     low_key, high_key = seed & _MASK, (seed >> 32) & _MASK
@@ -70,6 +74,8 @@ def uniform_words(count: int, high: Tensor | int, seed: int, device: torch.devic
 
     Both are int64 (count,), or (D, count) with ``high`` (D, 1).
     """
+    import torch
+
     pairs = (count + 1) // 2
     words = philox(torch.arange(pairs, device=device), high, seed)
     upper = torch.stack((words[0], words[2]), -1).flatten(-2)[..., :count]

@@ -157,16 +157,23 @@ class Session:
         self.envs.close()
         self.progress.builds += 1
         self.progress.built_at = self.progress.vector_steps
-        self.envs = self._build_envs()
+        self.progress.built_after = self.progress.transitions
+        self._build_envs()
         self.observation = self.envs.reset()
         self.guard.check_observation(self.observation)
         self.episodes.restart()
         self.replay.begin(self.observation)
         self.actions, self._saved_actions = [], 0
 
-    def _build_envs(self) -> VectorEnv:
-        builds, rank = self.progress.builds, self.group.rank
-        return make_envs(self.config.env, seed=self.config.seed, role="train", rank=rank, rebuild=builds)
+    def _build_envs(self) -> None:
+        self.envs = make_envs(
+            self.config.env,
+            seed=self.config.seed,
+            role="train",
+            rank=self.group.rank,
+            rebuild=self.progress.builds,
+            transitions=self.progress.built_after,
+        )
 
     # Saving
 
@@ -285,7 +292,7 @@ class Session:
             reason = f"{len(self.actions)} of {expected} actions are logged"
         else:
             self.envs.close()
-            self.envs = self._build_envs()
+            self._build_envs()
             self.observation = self.envs.reset()
             for action in track(self.actions, "replaying actions"):
                 self.observation = step(self.envs, action).observation

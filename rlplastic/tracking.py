@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlplastic.errors import ConfigurationError, LogWriteError
-from rlplastic.plasticity.replay_ratio import SIGNALS
 from rlplastic.run_directory import remedy
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ SCALARS: dict[str, str] = {
     "eval/return_mean": "Mean undiscounted return of the deterministic policy over one evaluation's episodes.",
     "eval/return_ci95": "Half the width of the 95 % confidence interval of that mean.",
     "loss/critic": "Loss of the critics, mean over the ensemble and the batch (categorical: cross-entropy in nats).",
+    "loss/distilled": "Mean squared distance of the distilled critics from the flow that they are regressed onto.",
     "loss/actor": "alpha * log pi - Q, mean over the batch, in units of the scaled return.",
     "loss/temperature": "Loss of the entropy temperature; its sign says which way alpha moves.",
     "policy/entropy": "Estimated entropy of the squashed policy, in nats, all action dimensions together.",
@@ -77,7 +78,6 @@ SCALARS: dict[str, str] = {
     "norm/critic_rms_norm": "The same for the RMSNorm gains of the critics and their bound.",
     "pace/move": "What replay_ratio=adaptive did at the end of a window: 1 up, 0 nothing, -1 down.",
     "pace/worse": "By how much the worst signal is worse than its reference (plateau: how far the signal moved).",
-    **{f"pace/{name}": f"Signal {name} of the critic, if it decides the replay ratio." for name in SIGNALS},
     "speed/env_steps_per_s": "Environment transitions per second of training since the last point.",
     "speed/updates_per_s": "Gradient updates per second of training since the last point.",
     **{
@@ -90,6 +90,36 @@ SCALARS: dict[str, str] = {
 HISTOGRAM_BINS = 64
 MAX_GIF_FRAMES = 300
 """Frames of a video shown in TensorBoard, which holds images in memory; longer videos are thinned out evenly."""
+
+LAYOUT: dict[str, dict[str, list[str]]] = {
+    "return": {
+        "evaluation return": ["eval/return_mean"],
+        "half of its 95 % interval": ["eval/return_ci95"],
+        "return while exploring": ["train/return"],
+        "episode length while exploring": ["train/length"],
+    },
+    "loss": {name: [f"loss/{name}"] for name in ("critic", "actor", "temperature")},
+    "policy": {"entropy": ["policy/entropy"], "entropy temperature": ["policy/alpha"]},
+    "value": {"values and targets": ["value/q_mean", "value/target_mean"]},
+    "plasticity": {
+        "probe: slower to learn than a fresh network above 1": ["plasticity/decisions/ratio$"],
+        "effective rank": ["plasticity/(actor|critic)/[^/]+/effective_rank$"],
+        "dormant units": ["plasticity/(actor|critic)/all/dormant$"],
+        "angular speed of layers": ["plasticity/(actor|critic)/[^/]+/angular_speed$"],
+        "weight norm": ["plasticity/(actor|critic)/all/weight_norm$"],
+        "TD error held out, and its gap": ["plasticity/critic/all/held_out_td_(error|gap)$"],
+    },
+    "replay": {"replay ratio": ["train/replay_ratio"]},
+    "norm": {f"{network}: distance from the bounds": [f"norm/{network}_.*"] for network in ("actor", "critic")},
+    "time": {
+        "where the time goes": [f"speed/fraction_{name}" for name in SECTIONS],
+        "budget used": ["train/budget_used"],
+    },
+}
+"""Sections of TensorBoard's custom-scalars page, in their order: charts by heading, tags as regular expressions, which
+TensorBoard holds against the beginnings of tags."""
+SECTION_OF = {"train": "return", "eval": "return", "speed": "time"}
+"""Where a scalar goes that `LAYOUT` does not name, if not into the section of its own name."""
 
 
 class EvaluationRow(NamedTuple):
@@ -168,6 +198,24 @@ class Tracker:
     def _scalars(self, step: int, values: Mapping[str, float]) -> None:
         points = [{"tag": name, "simple_value": float(value)} for name, value in values.items()]
         self._event(step=step, summary={"value": points})
+
+    def text(self, tag: str, markdown: str, step: int) -> None:
+        """A text in TensorBoard's text tab."""
+        self._event(step=step, summary=_torch_summaries().text(tag, markdown))
+        self._write()
+
+    def hyperparameters(self, step: int, settings: Mapping[str, Any], metric: str) -> None:
+        """What TensorBoard's HParams tab compares runs by; once, at the end of a run.
+
+        Args:
+            step: environment transitions so far.
+            settings: the configuration by dotted key.
+            metric: a scalar of `SCALARS`, whose last value is the run's result.
+        """
+        plain = {key: value if type(value) in (int, float) else str(value) for key, value in settings.items()}
+        for summary in _torch_summaries().hparams(plain, {metric: 0.0}):  # the names of metrics count, not the values
+            self._event(step=step, summary=summary)
+        self._write()
 
     def video(self, tag: str, film: Path, step: int) -> None:
         """A film as an animation in TensorBoard's image tab, at its own speed.
@@ -283,23 +331,17 @@ class Tracker:
 
 
 def scalar_layout() -> dict[str, dict[str, list[Any]]]:
-    """TensorBoard's custom-scalars page: one category per section, what belongs together in one chart."""
-    together = {
-        "train": {"return": ["train/return", "eval/return_mean"]},
-        "speed": {"where the time goes": [f"speed/fraction_{name}" for name in SECTIONS]},
-        "value": {"values and targets": ["value/q_mean", "value/target_mean"]},
-        "norm": {f"distance from the bounds: {net}": [f"norm/{net}_.*"] for net in ("actor", "critic")},
-    }
-    layout: dict[str, dict[str, list[Any]]] = {}
+    """TensorBoard's custom-scalars page: `LAYOUT`, and a chart of its own for every other scalar of `SCALARS`."""
+    layout = {section: dict(charts) for section, charts in LAYOUT.items()}
+    shown = [tag for charts in LAYOUT.values() for tags in charts.values() for tag in tags]
     for name in SCALARS:
-        section, quantity = name.split("/")
-        charts = layout.setdefault(section, {})
-        joint = together.get(section, {})
-        for title, tags in joint.items():
-            charts[title] = ["Multiline", tags]
-        if section != "norm" and not any(name in tags for tags in joint.values()):
-            charts[quantity] = ["Multiline", [name]]
-    return layout
+        if not any(re.fullmatch(tag, name) for tag in shown):
+            section, quantity = name.split("/", 1)
+            layout.setdefault(SECTION_OF.get(section, section), {})[quantity.replace("_", " ")] = [name]
+    return {
+        section: {title: ["Multiline", list(tags)] for title, tags in charts.items()}
+        for section, charts in layout.items()
+    }
 
 
 def _gif(frames: list[NDArray[np.uint8]], frames_per_second: float) -> bytes:

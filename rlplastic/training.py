@@ -19,7 +19,7 @@ from rlplastic.agents import COLUMNS, make_agent, working_bytes
 from rlplastic.checkpoint import Loaded
 from rlplastic.command_line import flatten, override_key
 from rlplastic.composition import compose
-from rlplastic.config import Config, SACConfig
+from rlplastic.config import HANDLING, Config, SACConfig
 from rlplastic.distributed import Group, joined, restarted
 from rlplastic.errors import ConfigurationError, telling_of_memory
 from rlplastic.evaluation import Evaluation
@@ -35,21 +35,8 @@ from rlplastic.sharding import ShardedStore
 from rlplastic.terminal import View, banner
 from rlplastic.tracking import Tracker
 
-IDENTITY_IGNORES = (
-    "env_steps",
-    "max_minutes",
-    "evaluation",
-    "checkpoint",
-    "tracking",
-    "fresh",
-    "resume",
-    "accept_machine",
-    "runs",
-    "name",
-    "profile",
-    "distributed",
-)
-"""Settings that do not make a run a different one: stop conditions, cadences, logging, where it lies, on how many."""
+IDENTITY_IGNORES = ("env_steps", "max_minutes", *HANDLING)
+"""Settings that do not make a run a different one: stop conditions, cadences, logging, and where it lies."""
 
 MONITOR = {
     "off": "plasticity is not measured",
@@ -233,6 +220,9 @@ def _train(
         if config.compile == "on":
             view.note("the first updates compile the learner, which takes 20 to 60 seconds on two cores")
         with Tracker(directory.path) as tracker, view:
+            if loaded is None:
+                written = (directory.path / "config.yaml").read_text(encoding="utf-8")
+                tracker.text("configuration", f"```yaml\n{written}```", 0)
             reporter = Reporter(session, tracker, view)
             train(session, reporter)
             peak = resources.peak_bytes()  # a film's renderer is no part of training
@@ -291,7 +281,7 @@ def _record(session: Session, tracker: Tracker, view: View) -> None:
     step = session.progress.transitions
     path = session.directory.path / "videos" / f"step_{step:012d}.mp4"
     with view.during("filming"):
-        problem = record(session.agent.act, session.config.env, path, seed=session.config.seed)
+        problem = record(session.agent.act, session.config.env, path, seed=session.config.seed, transitions=step)
     if problem:
         view.note(f"no video: {problem}")
         return

@@ -11,7 +11,7 @@ import importlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -36,21 +36,25 @@ _SECONDS_PER_STEP = {"metaworld": 0.0125, "myosuite": 0.02, "classic": 0.02}
 _SECONDS_OF_CLASSIC = {"Pendulum-v1": 0.05, "MountainCarContinuous-v0": 1 / 30}
 
 Frame: TypeAlias = NDArray[np.uint8]
+Act: TypeAlias = Callable[[Observation], NDArray[np.float32]]
+Scene: TypeAlias = tuple[VectorEnv, Callable[[], Frame], float]
+"""One environment that restarts in the step after its end, a function that draws it, and the seconds of a step."""
 _Context: TypeAlias = Any  # mujoco has no types for it
 _Simulation: TypeAlias = Any  # what a gymnasium task is underneath its wrappers
 _Options: TypeAlias = Any  # envpool generates the named tuple at run time
 
 
 def record(
-    act: Callable[[Observation], NDArray[np.float32]],
+    act: Act,
     env: EnvConfig,
     path: Path,
     *,
     seed: int,
     max_steps: int = 1000,
     size: tuple[int, int] = (480, 368),
+    transitions: int = 0,
 ) -> str | None:
-    """Play one episode and write it to ``path``; never raises, since a missing film must not end a run.
+    """Play one episode of a task and write it to ``path``: `record_with` on the task's own renderer.
 
     Args:
         act: observation groups (1, dim) to actions (1, A) in [-1, 1].
@@ -59,6 +63,22 @@ def record(
         seed: of the environment; the first environment of an evaluation with this seed.
         max_steps: the film ends here if the episode does not.
         size: width and height in pixels, multiples of 16.
+        transitions: of the run so far; says which task is filmed where it switches.
+
+    Returns:
+        None, or one line that says why there is no film.
+    """
+    return record_with(act, _camera(env, seed, size, transitions), path, max_steps)
+
+
+def record_with(act: Act, camera: AbstractContextManager[Scene], path: Path, max_steps: int = 1000) -> str | None:
+    """Play one episode and write it to ``path``; never raises, since a missing film must not end a run.
+
+    Args:
+        act: observation groups (1, dim) to actions (1, A) in [-1, 1].
+        camera: entered, gives the one environment to play, a function that draws it, and the seconds of a step.
+        path: as in `record`.
+        max_steps: as in `record`.
 
     Returns:
         None, or one line that says why there is no film.
@@ -67,7 +87,7 @@ def record(
     is_new = not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _camera(env, seed, size) as (envs, draw, seconds):
+        with camera as (envs, draw, seconds):
             _film(act, envs, draw, seconds, unfinished, max_steps)
         unfinished.replace(path)
     except Exception as error:  # simulators, drivers and encoders fail in their own ways
@@ -83,7 +103,7 @@ def record(
 
 
 def _film(
-    act: Callable[[Observation], NDArray[np.float32]],
+    act: Act,
     envs: VectorEnv,
     draw: Callable[[], Frame],
     seconds: float,
@@ -122,7 +142,7 @@ def _even(frame: Frame) -> Frame:
 
 
 @contextmanager
-def _camera(env: EnvConfig, seed: int, size: tuple[int, int]) -> Iterator[tuple[VectorEnv, Callable[[], Frame], float]]:
+def _camera(env: EnvConfig, seed: int, size: tuple[int, int], transitions: int = 0) -> Iterator[Scene]:
     """One environment that restarts in the step after its end, a function that draws it, and the seconds of a step."""
     os.environ.setdefault("MUJOCO_GL", "egl")
     width, height = size
@@ -135,14 +155,14 @@ def _camera(env: EnvConfig, seed: int, size: tuple[int, int]) -> Iterator[tuple[
         if env.backend == "envpool" and env.family != "classic":
             stack.callback(_context(size).free)
         # the adapters keep the simulator's own object, which alone can draw, in `_env` until they are closed
-        envs: Any = make_envs(env, seed=seed, role="eval", num_envs=1)
+        envs: Any = make_envs(env, seed=seed, role="eval", num_envs=1, transitions=transitions)
         stack.callback(envs.close)
         if env.backend == "gymnasium":
             _aim(envs._env.envs[0].unwrapped, env.kwargs, size)
-            yield envs, lambda: envs._env.render()[0], _gymnasium_seconds(envs._env.envs[0])
+            yield envs, lambda: envs._env.render()[0], seconds_per_step(env, envs)
         else:
             first, camera = np.zeros(1, np.int32), _TRACKING_CAMERA.get(env.family, -1)
-            seconds = _envpool_seconds(env, envs._env.spec.config)
+            seconds = seconds_per_step(env, envs)
             yield envs, lambda: envs._env._render(first, width, height, camera)[0], seconds
 
 
@@ -191,6 +211,13 @@ def _context(size: tuple[int, int]) -> _Context:
     context = importlib.import_module(f"mujoco.{kind}").GLContext(*size)
     context.make_current()
     return context
+
+
+def seconds_per_step(env: EnvConfig, envs: Any) -> float:  # noqa: ANN401 - of either adapter, which say it nowhere
+    """Simulated seconds that one step of a task's environments lasts."""
+    if env.backend == "gymnasium":
+        return _gymnasium_seconds(envs._env.envs[0])
+    return _envpool_seconds(env, envs._env.spec.config)
 
 
 def _gymnasium_seconds(env: gymnasium.Env[Any, Any]) -> float:

@@ -91,6 +91,7 @@ def rules_of(config: MonitorConfig, planned: int | None) -> Rules:
         probe_steps=config.probe_steps,
         probe_functions=config.probe_functions,
         ill=config.ill,
+        ill_gap=config.ill_gap,
         healthy=config.healthy,
         ladder=tuple(config.ladder),
         max_interventions=config.max_interventions,

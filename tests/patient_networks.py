@@ -12,12 +12,20 @@ from rlplastic.agents.flashsac import FlashSAC
 from rlplastic.agents.patients import patients
 from rlplastic.agents.sac import SAC
 from rlplastic.agents.subjects import inputs_of
-from rlplastic.config import CategoricalCriticConfig, FlashSACConfig, SACConfig, ScalarCriticConfig
+from rlplastic.config import (
+    CategoricalCriticConfig,
+    FlashSACConfig,
+    FlowCriticConfig,
+    SACConfig,
+    ScalarCriticConfig,
+)
 from rlplastic.plasticity.patient import Patient, hidden_layers
 
 DIMS = {"policy": 4, "critic": 6}
 ACTIONS, ENVS, ROWS = 2, 3, 16
 KINDS = [(agent, network) for agent in ("flashsac", "sac", "sac_layer_norm") for network in ("actor", "critic")]
+KINDS += [("flashsac_flow", "critic"), ("sac_flow", "critic")]
+FLOW = FlowCriticConfig(steps=2, noises=2)
 
 
 def normal(*shape: int, seed: int = 1) -> Tensor:
@@ -47,12 +55,15 @@ def bare_patient(key: int = 0, rows: int = 256, target: bool = False, **settings
 
 def agent_of(kind: str, seed: int = 0, width: int = 8, updates: int = 3) -> FlashSAC | SAC:
     agent: FlashSAC | SAC
-    if kind == "flashsac":
+    flows = kind.endswith("flow")
+    if kind.startswith("flashsac"):
         config = FlashSACConfig(critic_width=width, actor_width=width, gamma=0.99)
-        agent = FlashSAC(DIMS, ACTIONS, ENVS, config, CategoricalCriticConfig(num_atoms=11), seed=seed)
+        agent = FlashSAC(
+            DIMS, ACTIONS, ENVS, config, FLOW if flows else CategoricalCriticConfig(num_atoms=11), seed=seed
+        )
     else:
         plain = SACConfig(critic_width=width, actor_width=width, gamma=0.99, layer_norm=kind == "sac_layer_norm")
-        agent = SAC(DIMS, ACTIONS, ENVS, plain, ScalarCriticConfig(), seed=seed)
+        agent = SAC(DIMS, ACTIONS, ENVS, plain, FLOW if flows else ScalarCriticConfig(), seed=seed)
     for index in range(updates):
         agent.update(random_batch(DIMS, ACTIONS, ROWS, index, 0.8), 0.0)
     return agent

@@ -17,6 +17,7 @@ COLUMNS = {
     "loop": ["task", "envs", "threads", "raw envpool", "loop", "ratio"],
     "scaling": ["part", "size", "us", "relative", "of raw"],
     "monitor": ["agent", "width", "batch", "update ms", "forward ms", "ranks ms", "share"],
+    "export": ["width", "runtime", "p50 us", "p99 us", "p99 below 1 ms"],
     "update": ["width", "batch", "precision", "compile", "update ms", "floor ms", "ratio", "GFLOP"],
 }
 QUICK = ["quick=true", "repeats=2", "threads=1"]
@@ -30,6 +31,7 @@ QUICK = ["quick=true", "repeats=2", "threads=1"]
         ("what=replay repeats=0", "repeats=0 is out of range; expected a number of 1 or more"),
         ("what=replay threads=-1", "threads=-1 is out of range; expected a number of 1 or more"),
         ("what=replay threads=many", "threads=many was refused"),
+        ("what=update critic=flaw", "critic='flaw' cannot be measured; did you mean 'flow'"),
         ("what=replay quik=true", "did you mean 'quick'?"),
         ("what=replay out={folder}", "(Is a directory); move the folder away"),
         ("what=replay out={folder}/none/bench.json", "(No such file or directory); make the folder"),
@@ -68,6 +70,17 @@ def test_a_quick_measurement_ends_with_a_table_and_the_same_as_json(
     shown = capsys.readouterr().out
     assert f"written to {file}" in shown and "\u2026" not in shown, "no cell is cut off"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_flow_critics_are_measured_by_steps_and_noises_beside_the_categorical_one(tmp_path: Path) -> None:
+    main(["what=update", "critic=flow", f"out={tmp_path / 'bench.json'}", *QUICK])
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [(row["steps"], row["noises"]) for row in rows] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert len({row["categorical ms"] for row in rows}) == 1
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["update ms"] / row["categorical ms"])
+    work = [row["GFLOP"] for row in rows]
+    assert work[0] < work[1] < work[3] and work[0] < work[2] < work[3]
 
 
 def test_peers_that_are_not_installed_are_left_out_and_told(

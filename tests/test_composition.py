@@ -22,11 +22,11 @@ MISTAKES = [
     ("agent.gama=0.9", "did you mean 'agent.gamma'"),
     ("env=humanod", "env=humanod is not a choice of env; did you mean 'humanoid'"),
     ("agent=ppo", "agent=ppo is not a choice of agent; valid names: flashsac, sac"),
-    ("monitor=full", "monitor=full is not a choice of monitor"),
+    ("monitor=act", "monitor=act is not a choice of monitor"),
     ("preset=paper", "did you mean 'paper_"),
     ("seed=abc", "seed=abc was refused"),
     ("env.num_envs=2.5", "env.num_envs=2.5 was refused"),
-    ("replay_ratio=fast", "replay_ratio=fast was refused"),
+    ("replay_ratio=true", "replay_ratio=true was refused"),
     ("max_minutes=soon", "max_minutes=soon was refused"),
     ("humanoid", "'humanoid' is not of the form key=value"),
     ("env={", "env={"),
@@ -36,7 +36,7 @@ MISTAKES = [
     ("~seed", "expected key=value"),
     ("env=env_schema", "env=env_schema is not a choice of env"),
     ("agent=sac_schema", "agent=sac_schema is not a choice of agent; did you mean 'sac'"),
-    ("critic=null", "critic=null is not a choice of critic; valid names: categorical, scalar"),
+    ("critic=null", "critic=null is not a choice of critic; valid names: categorical, flow, scalar"),
     ("agent.layer_norm=true", "agent.layer_norm=true is a setting of agent=sac, but this run has agent=flashsac"),
     ("critic=scaler", "critic=scaler is not a choice of critic; did you mean 'scalar'"),
     ("env=[hopper,ant]", "env=[hopper,ant] is not a choice of env; did you mean 'hopper'"),
@@ -72,11 +72,9 @@ def test_a_setting_of_another_agent_is_refused_with_the_agent_that_has_it(overri
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (
-            ["agent=sac", "critic=categorical"],
-            "critic=categorical does not go with agent=sac yet; expected critic=scalar",
-        ),
-        (["critic=scalar"], "critic=scalar does not go with agent=flashsac yet; expected critic=categorical"),
+        (["critic=flow", "critic.noise=loud"], "critic.noise='loud' is not a choice; valid names: bank, fresh"),
+        (["critic=flow", "critic.coverage=2"], "critic.coverage=2.0 is out of range; expected at most 1"),
+        (["critic=flow", "critic.steps=0"], "critic.steps=0 is out of range"),
         (["agent=sac", "precision=bf16"], "precision=bf16 does not go with agent=sac"),
         (["agent=sac", "agent.name=flashsac"], "expected agent=flashsac instead"),
         (["agent=sac", "agent.weight_decay=-1"], "agent.weight_decay=-1.0 is out of range"),
@@ -96,6 +94,16 @@ def test_an_agent_brings_its_critic_and_the_order_of_the_words_does_not_matter()
     assert compose([]).critic.kind == "categorical"
 
 
+@pytest.mark.parametrize(("critic", "scaled"), [("scalar", False), ("categorical", True), ("flow", True)])
+def test_any_agent_takes_any_critic_and_rewards_are_scaled_where_values_have_bounds(critic: str, scaled: bool) -> None:
+    config, _ = resolve(compose(["agent=sac", f"critic={critic}"]), machine())
+    assert (config.critic.kind, config.agent.reward_scaling) == (critic, scaled)
+    config, _ = resolve(compose([f"critic={critic}"]), machine())
+    assert (config.critic.kind, config.agent.reward_scaling) == (critic, True)
+    asked, _ = resolve(compose(["agent=sac", f"critic={critic}", "agent.reward_scaling=false"]), machine())
+    assert asked.agent.reward_scaling is False
+
+
 OUT_OF_RANGE = [
     "env.num_envs=0",
     "env.num_envs=-4",
@@ -108,6 +116,8 @@ OUT_OF_RANGE = [
     "critic.num_atoms=1",
     "seed=-1",
     "replay_ratio=0",
+    "replay_ratio=fast",
+    "adaptive.low=1",
     "replay_ratio=nan",
     "env_steps=0",
     "max_minutes=-1",

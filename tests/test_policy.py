@@ -13,7 +13,15 @@ from omegaconf import OmegaConf
 from rlplastic.agents.flashsac import FlashSAC
 from rlplastic.agents.sac import SAC
 from rlplastic.checkpoint import CheckpointStore
-from rlplastic.config import CategoricalCriticConfig, Config, EnvConfig, FlashSACConfig, SACConfig, ScalarCriticConfig
+from rlplastic.config import (
+    CategoricalCriticConfig,
+    Config,
+    EnvConfig,
+    FlashSACConfig,
+    FlowCriticConfig,
+    SACConfig,
+    ScalarCriticConfig,
+)
 from rlplastic.errors import CheckpointError, ConfigurationError
 from rlplastic.policy import load_policy, read_config
 
@@ -51,6 +59,17 @@ def test_loaded_policy_acts_bit_for_bit_as_the_saved_agent(
     assert np.abs(actions_found).max() <= 1
     np.testing.assert_array_equal(actions_found, agent.act(observation))
     np.testing.assert_array_equal(policy.act({"policy": observation["policy"]}), actions_found)
+
+
+def test_a_policy_is_loaded_whatever_its_critic_was(tmp_path: Path) -> None:
+    settings, critic = FlashSACConfig(critic_width=8, actor_width=8, gamma=0.99), FlowCriticConfig(noises=2)
+    agent = FlashSAC({"policy": 5}, 2, 1, settings, critic)
+    config = Config(agent=settings, critic=critic)
+    save(tmp_path / "run", agent, config=config)
+    policy = load_policy(tmp_path / "run")
+    observation = {"policy": np.random.default_rng(0).normal(size=(9, 5)).astype(np.float32)}
+    np.testing.assert_array_equal(policy.act(observation), agent.act(observation))
+    assert policy.config == config
 
 
 @pytest.mark.parametrize(("depth", "layer_norm"), [(1, False), (3, True)])

@@ -15,6 +15,12 @@ import pytest
 from rich.console import Console
 from small_runs import SMALL, final_state
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from tensorboard.plugins.hparams.metadata import (
+    SESSION_END_INFO_TAG,
+    SESSION_START_INFO_TAG,
+    parse_session_start_info_plugin_data,
+)
 
 from rlplastic import reporting, tracking, train_agent
 from rlplastic.errors import LogWriteError
@@ -118,6 +124,30 @@ def test_the_view_knows_what_the_run_is_doing(tmp_path: Path, monkeypatch: pytes
     assert {phase for phase, step, _ in seen if step >= 200} == {"learning"}
     assert seen == sorted(seen, key=lambda each: each[1])
     assert set(phases) == {"evaluating", "saving"}
+
+
+def records(run: Path, tag: str) -> int:
+    """How often a tag was written, over all event files."""
+    loaders = (LegacyEventFileLoader(str(file)) for file in run.glob("*tfevents*"))
+    return sum(value.tag == tag for loader in loaders for event in loader.Load() for value in event.summary.value)
+
+
+def test_a_run_tells_tensorboard_its_configuration_once_also_when_it_was_interrupted(tmp_path: Path) -> None:
+    arguments = [*SMALL, f"runs={tmp_path}", "name=run"]
+    with pytest.raises(RuntimeError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reporting.Reporter, "evaluate", lambda *_: (_ for _ in ()).throw(RuntimeError))
+        train_agent(arguments, quiet=True)
+    assert records(tmp_path / "run", SESSION_START_INFO_TAG) == 0
+    train_agent(arguments, quiet=True)
+    for tag in ("configuration/text_summary", SESSION_START_INFO_TAG, SESSION_END_INFO_TAG):
+        assert records(tmp_path / "run", tag) == 1
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    start = events.SummaryMetadata(SESSION_START_INFO_TAG).plugin_data.content
+    told = parse_session_start_info_plugin_data(start).hparams
+    assert told["agent.critic_width"].number_value == 8 and told["env.task"].string_value == "Pendulum-v1"
+    assert not {"runs", "name", "tracking.every"} & set(told)
+    (text,) = events.Tensors("configuration/text_summary")
+    assert (tmp_path / "run" / "config.yaml").read_bytes() in text.tensor_proto.string_val[0]
 
 
 class Fake(SimpleNamespace):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
 
 from rlplastic.errors import ConfigurationError, LogWriteError
 from rlplastic.run_directory import RunDirectory
@@ -52,6 +53,13 @@ def timing_row(step: int) -> TimingRow:
 def curve(directory: Path, tag: str) -> list[tuple[int, float]]:
     events = EventAccumulator(str(directory)).Reload()
     return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def hyperparameters(events: EventAccumulator) -> dict[str, float | str]:
+    """What the HParams tab shows of a run, read by its own parser."""
+    content = events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
+    values = metadata.parse_session_start_info_plugin_data(content).hparams
+    return {name: getattr(value, value.WhichOneof("kind")) for name, value in values.items()}
 
 
 def test_importing_rlplastic_tracking_does_not_import_tensorboard() -> None:
@@ -277,6 +285,38 @@ def test_every_documented_scalar_has_a_place_in_the_layout() -> None:
     shown = {name for name in SCALARS if any(re.fullmatch(tag, name) for tags in charts for tag in tags)}
     assert shown == set(SCALARS)
     assert all(sentence.endswith(".") for sentence in SCALARS.values())
+
+
+def test_the_layout_shows_what_people_look_for_first_and_nothing_twice() -> None:
+    layout = scalar_layout()
+    assert list(layout) == ["return", "loss", "policy", "value", "plasticity", "replay", "norm", "time"]
+    charts = [tags for section in layout.values() for _, tags in section.values()]
+    for name in SCALARS:
+        assert sum(any(re.fullmatch(tag, name) for tag in tags) for tags in charts) == 1, name
+    monitored = ("critic/trunk.3/effective_rank", "actor/all/dormant", "decisions/ratio", "critic/all/held_out_td_gap")
+    for name in monitored:
+        assert sum(any(re.match(tag, f"plasticity/{name}") for tag in tags) for tags in charts) == 1, name
+    for name in ("actor/all/dormant_0.1", "critic/all/dormant_worst", "frozen/critic/all/dormant"):
+        assert not any(re.match(tag, f"plasticity/{name}") for tags in charts for tag in tags), name
+
+
+def test_a_text_and_the_settings_with_the_last_value_of_a_metric_reach_tensorboard(tmp_path: Path) -> None:
+    settings = {"agent.name": "sac", "seed": 3, "env_steps": None, "overlap": True, "env.kwargs": {}}
+    with Tracker(tmp_path) as tracker:
+        tracker.text("configuration", "```yaml\nseed: 3\n```", 0)
+        tracker.scalars(9, {"eval/return_mean": 1.5})
+        tracker.hyperparameters(9, settings, "eval/return_mean")
+    events = EventAccumulator(str(tmp_path)).Reload()
+    (text,) = events.Tensors("configuration/text_summary")
+    assert text.step == 0 and text.tensor_proto.string_val[0] == b"```yaml\nseed: 3\n```"
+    assert curve(tmp_path, "eval/return_mean") == [(9, 1.5)]
+    assert hyperparameters(events) == {
+        "agent.name": "sac",
+        "seed": 3.0,
+        "env_steps": "None",
+        "overlap": "True",
+        "env.kwargs": "{}",
+    }
 
 
 def test_fraction_and_time_left_follow_the_budget_that_ends_first() -> None:

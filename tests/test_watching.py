@@ -27,8 +27,9 @@ from rlplastic.watching import rules_of, schedule_of
 PLANNED = 100
 """Updates of `SMALL`: cadences shrink to 5 (forward), 20 (ranks) and 50 (probes)."""
 PROBING = ["monitor=full", "monitor.probe_steps=5", "monitor.budget=100"]
-FORBIDDEN = [*PROBING, "monitor.ill=0.001", "monitor.max_interventions=0"]
-TREATING = [*PROBING, "monitor.ill=0.001", "monitor.healthy=1000", "monitor.value_margin=1000", "monitor.rank_margin=2"]
+ILL = ["monitor.ill=0.001", "monitor.ill_gap=-2"]
+FORBIDDEN = [*PROBING, *ILL, "monitor.max_interventions=0"]
+TREATING = [*PROBING, *ILL, "monitor.healthy=1000", "monitor.value_margin=1000", "monitor.rank_margin=2"]
 """Every network is ill, and every branch is good enough."""
 RUN = [override for override in SMALL if override != "monitor=off"]
 AGENTS = {"flashsac": [], "sac": ["agent=sac"]}

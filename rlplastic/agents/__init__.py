@@ -10,22 +10,23 @@ from torch import Tensor
 from rlplastic.agents.base import Agent
 from rlplastic.agents.flashsac import FlashSAC
 from rlplastic.agents.flashsac import networks as flashsac_networks
+from rlplastic.agents.flow import BINS, FREQUENCIES
 from rlplastic.agents.sac import SAC
 from rlplastic.agents.sac import networks as sac_networks
-from rlplastic.config import CategoricalCriticConfig, Config, FlashSACConfig, SACConfig, ScalarCriticConfig
+from rlplastic.config import CategoricalCriticConfig, Config, FlashSACConfig, FlowCriticConfig, SACConfig
 from rlplastic.distributed import ALONE, Group
 
 Actor = flashsac_networks.Actor | sac_networks.Actor
 
 
 def _flashsac(config: Config, **common: Any) -> FlashSAC:  # noqa: ANN401 - what `make_agent` hands to all agents
-    assert isinstance(config.agent, FlashSACConfig) and isinstance(config.critic, CategoricalCriticConfig)
+    assert isinstance(config.agent, FlashSACConfig)
     bf16 = config.precision == "bf16"
     return FlashSAC(agent=config.agent, critic=config.critic, bf16=bf16, kernels=config.kernels, **common)
 
 
 def _sac(config: Config, **common: Any) -> SAC:  # noqa: ANN401
-    assert isinstance(config.agent, SACConfig) and isinstance(config.critic, ScalarCriticConfig)
+    assert isinstance(config.agent, SACConfig)
     return SAC(agent=config.agent, critic=config.critic, **common)
 
 
@@ -54,28 +55,38 @@ class _Sizes(NamedTuple):
 
 
 def _sizes(config: Config, observation_dims: Mapping[str, int], action_dim: int) -> _Sizes:
-    agent, critic = config.agent, config.critic
+    agent = config.agent
     assert agent.critic_width and agent.actor_width, "resolve the configuration first"
     width, narrow = agent.critic_width, agent.actor_width
     policy = observation_dims["policy"]
-    inputs = observation_dims.get("critic", policy) + action_dim
     if isinstance(agent, SACConfig):
         deep, shallow = agent.critic_depth, agent.actor_depth
         kept = 3 if agent.layer_norm else 2  # before and after the ReLU, and the norm between
-        return _Sizes(
-            critic=inputs * width + (deep - 1) * width**2 + width,
-            actor=policy * narrow + (shallow - 1) * narrow**2 + 2 * narrow * action_dim,
-            of_critic=inputs + kept * deep * width,
-            of_actor=policy + kept * shallow * narrow,
-        )
-    assert isinstance(agent, FlashSACConfig) and isinstance(critic, CategoricalCriticConfig)
-    blocks = agent.num_blocks
-    return _Sizes(
-        critic=inputs * width + blocks * 8 * width**2 + width * critic.num_atoms,
-        actor=policy * narrow + blocks * 8 * narrow**2 + 2 * narrow * action_dim,
-        of_critic=inputs + width * (1 + 5 * blocks) + critic.num_atoms,
-        of_actor=policy + narrow * (1 + 5 * blocks),
-    )
+        hidden, of_hidden = (deep - 1) * width**2, kept * deep * width
+        actor = policy * narrow + (shallow - 1) * narrow**2 + 2 * narrow * action_dim
+        of_actor = policy + kept * shallow * narrow
+    else:
+        assert isinstance(agent, FlashSACConfig)
+        blocks = agent.num_blocks
+        hidden, of_hidden = blocks * 8 * width**2, width * (1 + 5 * blocks)
+        actor = policy * narrow + blocks * 8 * narrow**2 + 2 * narrow * action_dim
+        of_actor = policy + narrow * (1 + 5 * blocks)
+    critic, of_critic = _critic_sizes(config, observation_dims.get("critic", policy) + action_dim, hidden, of_hidden)
+    return _Sizes(critic, actor, of_critic, of_actor)
+
+
+def _critic_sizes(config: Config, inputs: int, hidden: int, of_hidden: int) -> tuple[int, int]:
+    """Parameters of a member and activations of a row; a trunk has ``hidden`` and ``of_hidden`` between its ends."""
+    critic, width = config.critic, config.agent.critic_width
+    assert width
+    if isinstance(critic, FlowCriticConfig):
+        encoded = BINS + len(FREQUENCIES[critic.time_embedding])
+        networks = 2 if critic.reading == "distilled" else 1
+        of_field = inputs + critic.noises * (encoded + of_hidden + 1)
+        of_distilled = (networks - 1) * (inputs + of_hidden + 1)
+        return networks * (inputs * width + hidden + width) + encoded * width, of_field + of_distilled
+    outputs = critic.num_atoms if isinstance(critic, CategoricalCriticConfig) else 1
+    return inputs * width + hidden + width * outputs, inputs + of_hidden + outputs
 
 
 def parameter_bytes(config: Config, observation_dims: Mapping[str, int], action_dim: int) -> int:

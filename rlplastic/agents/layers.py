@@ -117,9 +117,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.gain = nn.Parameter(torch.ones(*_lead(members), dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Scale each column of (..., dim, B) to root mean square 1, then by the gain."""
-        return x * torch.rsqrt(x.square().mean(-2, keepdim=True) + self.eps) * self.gain.unsqueeze(-1)
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        """Scale each column of (..., dim, B) to root mean square 1, then by the gain; cut off below 0 if ``relu``."""
+        y = x * torch.rsqrt(x.square().mean(-2, keepdim=True) + self.eps) * self.gain.unsqueeze(-1)
+        return y.relu() if relu else y
 
 
 class ResidualBlock(nn.Module):
@@ -137,6 +138,23 @@ class ResidualBlock(nn.Module):
         between = torch.bfloat16 if bf16 else x.dtype
         hidden = self.expand_norm(self.expand(x, bf16), batch_statistics, True, between)
         added: Tensor = self.contract_norm(self.contract(hidden, bf16), batch_statistics, True, x.dtype)
+        return x + added
+
+
+class RowNormBlock(nn.Module):
+    """`ResidualBlock` with RMSNorm, which sees one row at a time: for rows that must not share statistics."""
+
+    def __init__(self, width: int, members: int | None = None) -> None:
+        super().__init__()
+        self.expand = UnitLinear(width, 4 * width, members)
+        self.expand_norm = RMSNorm(4 * width, members)
+        self.contract = UnitLinear(4 * width, width, members)
+        self.contract_norm = RMSNorm(width, members)
+
+    def forward(self, x: Tensor, bf16: bool = False) -> Tensor:
+        """(..., H, B) to (..., H, B)."""
+        hidden = self.expand_norm(self.expand(x, bf16).to(x.dtype), True)
+        added: Tensor = self.contract_norm(self.contract(hidden, bf16).to(x.dtype), True)
         return x + added
 
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from rlplastic import seeding
 from rlplastic.agents import steps
 from rlplastic.agents.flashsac import FlashSAC, networks, update
-from rlplastic.agents.layers import NormBounds, Trunk, UnitLinear
+from rlplastic.agents.flow import FlowCritic
+from rlplastic.agents.layers import NormBounds, ResidualBlock, RowNormBlock, UnitLinear
 from rlplastic.agents.sac import SAC
 from rlplastic.agents.sac import networks as sac_networks
 from rlplastic.agents.sac import update as sac_update
 from rlplastic.agents.steps import Inputs
-from rlplastic.agents.subjects import members_of
+from rlplastic.agents.subjects import members_of, one_step
 from rlplastic.plasticity.activations import Kind, ModuleReader, untouched
 from rlplastic.plasticity.patient import Hidden, Patient, States, hidden_layers
 
@@ -38,7 +39,8 @@ def patients(agent: FlashSAC | SAC, inputs: Inputs | None = None) -> dict[str, P
 def _flashsac(agent: FlashSAC, inputs: Inputs | None) -> dict[str, Patient]:
     learner = agent.learner
     actor, critic = learner.actor, learner.critic
-    assert isinstance(actor, networks.Actor) and isinstance(critic, networks.Critic)
+    assert isinstance(actor, networks.Actor) and isinstance(critic, networks.Critic | FlowCritic)
+    loss = update.flow_critic_loss if isinstance(critic, FlowCritic) else update.critic_loss
 
     def bound(module: nn.Module) -> Callable[[], None]:
         return NormBounds(module).project
@@ -49,8 +51,7 @@ def _flashsac(agent: FlashSAC, inputs: Inputs | None) -> dict[str, Patient]:
         return network
 
     def critic_output(module: nn.Module, states: States, training: bool) -> Tensor:
-        assert isinstance(module, networks.Critic)
-        return module.head.expected(module(*states, training))
+        return _values(module, states, training)
 
     def policy_mean(module: nn.Module, states: States, training: bool) -> Tensor:
         mean: Tensor = module(*states, training)[0]
@@ -63,7 +64,7 @@ def _flashsac(agent: FlashSAC, inputs: Inputs | None) -> dict[str, Patient]:
             learner.actor_optimizer,
             partial(fresh, "actor", lambda: networks.actor_like(actor.state_dict())),
             states=() if inputs is None else (torch.cat((inputs.observation, inputs.next_observation)),),
-            hidden=_expansions(actor.trunk),
+            hidden=_expansions(actor),
             head=_named(actor, "head"),
             unit_rows=_unit_rows(actor),
             output=policy_mean,
@@ -80,13 +81,13 @@ def _flashsac(agent: FlashSAC, inputs: Inputs | None) -> dict[str, Patient]:
             states=() if inputs is None else _critic_states(actor, inputs),
             target=learner.target_critic,
             members=members_of(agent),
-            hidden=_expansions(critic.trunk),
-            head=_named(critic, "head"),
+            hidden=_expansions(critic),
+            head=_heads(critic),
             unit_rows=_unit_rows(critic),
             output=critic_output,
             bound=bound,
             reader=_bounded_reader,
-            loss=None if inputs is None else _critic_loss(update.critic_loss, learner, inputs),
+            loss=None if inputs is None else _critic_loss(loss, learner, inputs),
         ),
     }
 
@@ -94,12 +95,12 @@ def _flashsac(agent: FlashSAC, inputs: Inputs | None) -> dict[str, Patient]:
 def _sac(agent: SAC, inputs: Inputs | None) -> dict[str, Patient]:
     learner = agent.learner
     actor, critic = learner.actor, learner.critic
-    assert isinstance(actor, sac_networks.Actor) and isinstance(critic, sac_networks.Critic)
+    assert isinstance(actor, sac_networks.Actor) and isinstance(critic, sac_networks.Critic | FlowCritic)
+    loss = sac_update.flow_critic_loss if isinstance(critic, FlowCritic) else sac_update.critic_loss
     members = members_of(agent)
 
     def values(module: nn.Module, states: States, _training: bool) -> Tensor:
-        found: Tensor = module(*states)
-        return found
+        return _values(module, states)
 
     def policy_mean(module: nn.Module, states: States, _training: bool) -> Tensor:
         mean: Tensor = module(*states)[0]
@@ -130,11 +131,11 @@ def _sac(agent: SAC, inputs: Inputs | None) -> dict[str, Patient]:
             states=() if inputs is None else (inputs.critic_observation, inputs.action),
             target=learner.target_critic,
             members=members,
-            hidden=hidden_layers(critic.trunk, "trunk.", ("head.weight",), members),
-            head=_named(critic, "head"),
+            hidden=_sequences(critic, members),
+            head=_heads(critic),
             output=values,
-            reader=reader,
-            loss=None if inputs is None else _critic_loss(sac_update.critic_loss, learner, inputs),
+            reader=lambda module: ModuleReader(module, lambda states: _values(module, states)),
+            loss=None if inputs is None else _critic_loss(loss, learner, inputs),
         ),
     }
 
@@ -146,37 +147,79 @@ def _fresh(agent: FlashSAC | SAC, name: str, make: Callable[[], nn.Module], key:
         return make().to(agent.device)
 
 
-def _bounded_critic_like(critic: networks.Critic) -> networks.Critic:
+def _bounded_critic_like(critic: networks.Critic | FlowCritic) -> nn.Module:
+    """One of the same sizes, newly initialised; actions count as observations, which sizes do not tell apart."""
+    if isinstance(critic, FlowCritic):
+        assert isinstance(critic.field, networks.VelocityField)
+        width, inputs = critic.field.embed.weight.shape[-2:]
+        return networks.make_critic(inputs, 0, width, len(critic.field.blocks), critic.settings)
     members, width, inputs = critic.trunk.embed.weight.shape
-    atoms = critic.head.bias.shape[-1]
-    return networks.Critic(inputs, 0, width, len(critic.trunk.blocks), atoms, critic.head.support, members)
+    return networks.Critic(inputs, 0, width, len(critic.trunk.blocks), critic.values, members)
 
 
-def _plain_critic_like(critic: sac_networks.Critic) -> sac_networks.Critic:
-    weights = [part.weight for part in critic.trunk if isinstance(part, sac_networks.Linear)]
+def _plain_critic_like(critic: sac_networks.Critic | FlowCritic) -> nn.Module:
+    """As above."""
+    field = critic.field if isinstance(critic, FlowCritic) else critic
+    assert isinstance(field, sac_networks.Critic | sac_networks.VelocityField)
+    trunk = field.trunk
+    weights = [part.weight for part in trunk if isinstance(part, sac_networks.Linear)]
+    normed = any(isinstance(part, sac_networks.LayerNorm) for part in trunk)
     members, width, inputs = weights[0].shape
-    normed = any(isinstance(part, sac_networks.LayerNorm) for part in critic.trunk)
-    return sac_networks.Critic(inputs, 0, width, len(weights), members, normed)
+    if isinstance(critic, FlowCritic):
+        assert isinstance(field, sac_networks.VelocityField)
+        return sac_networks.make_critic(field.num_inputs, 0, width, len(weights), critic.settings, normed)
+    return sac_networks.Critic(inputs, 0, width, len(weights), critic.values, members, normed)
 
 
-def _expansions(trunk: Trunk) -> tuple[Hidden, ...]:
+def _values(critic: nn.Module, states: States, *modes: bool) -> Tensor:
+    """Values (members, B); of a flow (members, B, 1 or 2), what its field says at t = 0 and what is distilled from it.
+
+    So every layer runs once, and a probe does not pay for K Euler steps.
+    """
+    if isinstance(critic, FlowCritic):
+        observation, action = states
+        found = [one_step(critic, observation, action, *modes)]
+        if critic.distilled is not None:
+            found.append(critic.distilled(observation, action, *modes))
+        return torch.stack(found, -1)
+    assert isinstance(critic, networks.Critic | sac_networks.Critic)
+    return critic.values.expected(critic(*states, *modes))
+
+
+def _expansions(network: nn.Module) -> tuple[Hidden, ...]:
     """The units of the inverted bottlenecks. Those that write to the residual stream share their outgoing weights."""
-    blocks = [f"trunk.blocks.{index}" for index in range(len(trunk.blocks))]
-    return tuple(
-        Hidden(
-            f"{block}.expand_norm",
-            (f"{block}.expand.weight", f"{block}.expand_norm.gamma", f"{block}.expand_norm.beta"),
-            (f"{block}.contract.weight",),
-        )
-        for block in blocks
-    )
+    blocks = [name for name, part in network.named_modules() if isinstance(part, ResidualBlock | RowNormBlock)]
+    found = []
+    for block in blocks:
+        norm = [
+            f"{block}.expand_norm.{name}"
+            for name, _ in network.get_submodule(f"{block}.expand_norm").named_parameters()
+        ]
+        found.append(Hidden(f"{block}.expand_norm", (f"{block}.expand.weight", *norm), (f"{block}.contract.weight",)))
+    return tuple(found)
+
+
+def _sequences(critic: sac_networks.Critic | FlowCritic, members: int) -> tuple[Hidden, ...]:
+    """Hidden layers of a plain critic, or of a flow's field and its distilled critics."""
+    found: tuple[Hidden, ...] = ()
+    for name, part in critic.named_modules():
+        if isinstance(part, sac_networks.Critic | sac_networks.VelocityField):
+            prefix = f"{name}." if name else ""
+            found += hidden_layers(part.trunk, f"{prefix}trunk.", (f"{prefix}head.weight",), members)
+    return found
+
+
+def _heads(critic: nn.Module) -> tuple[str, ...]:
+    """Parameters of the last layers: a flow has that of its field and that of its distilled critics."""
+    return tuple(name for name, _ in critic.named_parameters() if "head" in name.split("."))
 
 
 def _bounded_reader(module: nn.Module) -> ModuleReader:
     """Reads units as they are in training, after batch statistics."""
-    assert isinstance(module, networks.Actor | networks.Critic)
-    layers: dict[str, Kind] = {layer.name: "rectifier" for layer in _expansions(module.trunk)}
-    return ModuleReader(module, lambda states: module(*states, True), layers, units=-2)
+    layers: dict[str, Kind] = {layer.name: "rectifier" for layer in _expansions(module)}
+    if isinstance(module, networks.Actor):
+        return ModuleReader(module, lambda states: module(*states, True), layers, units=-2)
+    return ModuleReader(module, lambda states: _values(module, states, True), layers, units=-2)
 
 
 def _named(module: nn.Module, part: str) -> tuple[str, ...]:
@@ -211,7 +254,11 @@ def _critic_loss(
     def of(module: nn.Module) -> Tensor:
         with untouched(learner.target_critic):
             target, alpha = learner.target_critic, learner.alpha()
-            noise = torch.zeros_like(inputs.action)
+            noise: steps.CriticNoise = torch.zeros_like(inputs.action)
+            if isinstance(module, FlowCritic):
+                rng = seeding.generator(inputs.action.device, 0, "noise of measurements", 0)
+                noise = module.noise(len(inputs.action), inputs.action.shape[-1], rng)
+                noise = noise._replace(action=torch.zeros_like(noise.action))
             return loss(learner.actor, module, target, alpha, inputs, noise, learner.backup_entropy)[0]
 
     return of

@@ -48,13 +48,16 @@ class PooledReduction:
 
     def __init__(self, bucket: Reduce, layers: list[BatchNorm], ranks: int) -> None:
         self._bucket, self._layers, self._ranks = bucket, layers, ranks
+        self._seen: list[BatchNorm] = []
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
         """The means over ranks; the layers' running statistics follow the batches of all ranks."""
-        recorded = [layer.recorded for layer in self._layers if layer.recorded is not None]
+        if not self._seen:  # a target critic may have parts that its loss never runs
+            self._seen = [layer for layer in self._layers if layer.recorded is not None]
+        recorded = [layer.recorded for layer in self._seen if layer.recorded is not None]
         reduced = self._bucket([*tensors, *(moment for batch in recorded for moment in _shifted(batch))])
         means, squares = reduced[len(tensors) :: 2], reduced[len(tensors) + 1 :: 2]
-        for layer, batch, shift, square in zip(self._layers, recorded, means, squares, strict=True):
+        for layer, batch, shift, square in zip(self._seen, recorded, means, squares, strict=True):
             layer.running_mean.copy_(batch.running_mean)
             layer.running_var.copy_(batch.running_var)
             pooled = batch.running_mean + shift, (square - shift.square()).clamp_min(0)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rlplastic import seeding
 from rlplastic.agents import steps
 from rlplastic.agents.exploration import uniform_actions
+from rlplastic.agents.flow import FlowCritic
 from rlplastic.agents.reward_scaling import RewardScaler
 from rlplastic.config import FlashSACConfig, SACConfig
 from rlplastic.distributed import ALONE, Group
@@ -128,7 +129,9 @@ class SoftActorCritic(ABC, Generic[L]):
             return torch.randn(count, self.action_dim, generator=rng, device=self.device)
 
         actor_noise = noise(self.ACTOR_ROWS * rows) if self.actor_is_due else None
-        return self.update_with(steps.inputs_of(batch, self.critic_group), actor_noise, noise(rows), budget_used)
+        critic = self.learner.critic
+        of_critic = critic.noise(rows, self.action_dim, rng) if isinstance(critic, FlowCritic) else noise(rows)
+        return self.update_with(steps.inputs_of(batch, self.critic_group), actor_noise, of_critic, budget_used)
 
     @property
     def actor_is_due(self) -> bool:
@@ -136,17 +139,17 @@ class SoftActorCritic(ABC, Generic[L]):
         return self.updates % self.config.actor_every == 0
 
     def update_with(
-        self, inputs: steps.Inputs, actor_noise: Tensor | None, target_noise: Tensor, budget_used: float
+        self, inputs: steps.Inputs, actor_noise: Tensor | None, critic_noise: steps.CriticNoise, budget_used: float
     ) -> dict[str, Tensor]:
-        """One update with the given standard-normal noise, for the actor when it is due and (B, A) for a'."""
-        metrics = self.move(inputs, actor_noise, target_noise, budget_used)
+        """One update with the given noise: standard normal for the actor when it is due, and what the critic takes."""
+        metrics = self.move(inputs, actor_noise, critic_noise, budget_used)
         self.td_error = metrics.pop("td_error", None)
         self.updates += 1
         return metrics
 
     @abstractmethod
     def move(
-        self, inputs: steps.Inputs, actor_noise: Tensor | None, target_noise: Tensor, budget_used: float
+        self, inputs: steps.Inputs, actor_noise: Tensor | None, critic_noise: steps.CriticNoise, budget_used: float
     ) -> dict[str, Tensor]:
         """The steps of one update in the agent's order; noise as for `update_with`."""
 

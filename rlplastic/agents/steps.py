@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from rlplastic.agents.adam import Adam
+from rlplastic.agents.flow import FlowNoise
 
 if TYPE_CHECKING:
     from rlplastic.replay.sample import Batch
 
 Metrics = dict[str, Tensor]
+CriticNoise = Tensor | FlowNoise
+"""What a critic's loss takes: standard normal (B, A) for a' ~ pi(s'), and more of it where values are flows."""
 Optimizers = Mapping[str, tuple[Adam, nn.Module | None]]
 """Each by its name, with the network whose parameters it moves; None: the temperature."""
 
@@ -69,7 +72,7 @@ class Learner:
     actor_loss: Callable[..., tuple[Tensor, Metrics]]
     """The agent's ``update.actor_loss``, compiled or not."""
     critic_loss: Callable[..., tuple[Tensor, Metrics]]
-    """The agent's ``update.critic_loss``, compiled or not."""
+    """The agent's ``update.critic_loss`` or ``flow_critic_loss``, compiled or not."""
     target_entropy: float
     target_rate: float
     backup_entropy: bool
@@ -108,6 +111,35 @@ def policy_loss(
     return loss, metrics
 
 
+def value_loss(
+    losses: Tensor, target_mean: Tensor, predicted: Tensor, bonus: Tensor, support: float, weight: Tensor | None
+) -> tuple[Tensor, Metrics]:
+    """Mean over members and rows of a critic's losses, and what is told of values.
+
+    With weights each row's losses are multiplied by its weight, and the metrics also hold ``td_error`` (B,), the
+    members' mean |target - Q|, for new priorities.
+
+    Args:
+        losses: (members, B).
+        target_mean: (B,), before it is clipped.
+        predicted: (members, B), the members' values, detached.
+        bonus: the entropy bonus that the targets hold, of any shape.
+        support: where targets are clipped, if anywhere.
+        weight: (B,), or None.
+    """
+    loss = (losses if weight is None else losses * weight).mean()
+    metrics = {
+        "loss/critic": loss.detach(),
+        "value/target_mean": target_mean.mean(),
+        "value/max_entropy_term": (-bonus).max(),
+    }
+    if support < math.inf:
+        metrics["value/target_clipped"] = (target_mean.abs() > support).float().mean()
+    if weight is not None:
+        metrics["td_error"] = (target_mean - predicted).abs().mean(0)
+    return loss, metrics
+
+
 def actor_step(learner: Learner, inputs: Inputs, noise: Tensor, rate: float, *options: Any) -> Metrics:  # noqa: ANN401
     """Move the actor along its loss, with the critic frozen; ``options`` go to the loss."""
     learner.critic.requires_grad_(False)
@@ -117,7 +149,7 @@ def actor_step(learner: Learner, inputs: Inputs, noise: Tensor, rate: float, *op
     return metrics
 
 
-def critic_step(learner: Learner, inputs: Inputs, noise: Tensor, rate: float, *options: Any) -> Metrics:  # noqa: ANN401
+def critic_step(learner: Learner, inputs: Inputs, noise: CriticNoise, rate: float, *options: Any) -> Metrics:  # noqa: ANN401
     """Move the critics towards their target; ``options`` go to the loss."""
     networks = learner.actor, learner.critic, learner.target_critic
     loss, metrics = learner.critic_loss(*networks, learner.alpha(), inputs, noise, learner.backup_entropy, *options)

@@ -4,28 +4,29 @@ Everything here reads and changes nothing: batch norms use running statistics, a
 every call, so that two readings differ only by what was learned in between. A batch is `rlplastic.agents.steps.Inputs`.
 
 The TD target is the agent's own, y = r + discount (min Q'(s', a') - alpha log pi(a'|s')), and so is the loss: squared
-error for scalar critics, cross-entropy with the projected target for categorical ones.
+error for scalar critics, cross-entropy with the projected target for categorical ones, squared errors of velocities for
+flows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlplastic import seeding
 from rlplastic.agents import steps
 from rlplastic.agents.flashsac import networks as flashsac
-from rlplastic.agents.heads import squashed_sample
+from rlplastic.agents.flow import FlowCritic, FlowNoise
+from rlplastic.agents.heads import Categorical, Values, squashed_sample
 from rlplastic.agents.sac import networks as sac
 from rlplastic.agents.soft_actor_critic import SoftActorCritic
 from rlplastic.agents.steps import Inputs
-from rlplastic.kernels.categorical import categorical_target
-from rlplastic.plasticity import BOUNDED, PLAIN, ModuleReader, Profile, Subject
+from rlplastic.plasticity import BOUNDED, PLAIN, ROW_NORMED, ModuleReader, Profile, Subject
+from rlplastic.plasticity.activations import Kind
 
 if TYPE_CHECKING:
     from rlplastic.replay.sample import Batch
@@ -38,48 +39,46 @@ class _Kind:
     """How networks of one kind are read; each callable takes the network first."""
 
     profile: Profile
-    policy: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
-    """Observations (B, D) to mean and log_std, (B, A) each."""
-    output: Callable[[nn.Module, Tensor, Tensor], Tensor]
-    """Observations and actions to what the critic's head gives, (members, B, …)."""
-    value: Callable[[nn.Module, Tensor], Tensor]
-    """That to values (members, B)."""
-    layers: Callable[[nn.Module], dict[str, Any] | None]
+    modes: tuple[bool, ...]
+    """What follows the inputs: FlashSAC's networks are asked for running statistics."""
+    layers: Callable[[nn.Module], dict[str, Kind] | None]
     """Hidden layers of a network by name, the last one last; None: its activation modules."""
     units: int
     """Dimension of the units in activations."""
 
 
-def _norms(network: nn.Module) -> dict[str, Any]:
-    """FlashSAC's rectifiers are fused into its batch norms; the features that a head reads come last."""
-    blocks = range(len(network.trunk.blocks))  # type: ignore[union-attr,arg-type]
-    norms = [f"trunk.blocks.{block}.{norm}" for block in blocks for norm in ("expand_norm", "contract_norm")]
-    return dict.fromkeys(norms, "rectifier") | {"trunk.post_norm": "linear"}
+def _norms(network: nn.Module) -> dict[str, Kind]:
+    """FlashSAC's rectifiers are fused into its norms; the features that a head reads come last."""
+    names = [name for name, _ in network.named_modules() if name.endswith(("expand_norm", "contract_norm"))]
+    # The distilled critics of a flow are not the network whose rank counts: its field comes last.
+    names.sort(key=lambda name: not name.startswith("distilled."))
+    post = [name for name, _ in network.named_modules() if name.endswith("post_norm") and "distilled" not in name]
+    return {name: "rectifier" for name in names} | {name: "linear" for name in post}
 
 
-FLASHSAC = _Kind(
-    profile=BOUNDED,
-    policy=lambda actor, observation: actor(observation, False),
-    output=lambda critic, observation, action: critic(observation, action, False),
-    value=lambda critic, logits: critic.head.expected(logits),  # type: ignore[operator,union-attr]
-    layers=_norms,
-    units=-2,
-)
-SAC = _Kind(
-    profile=PLAIN,
-    policy=lambda actor, observation: actor(observation),
-    output=lambda critic, observation, action: critic(observation, action),
-    value=lambda critic, value: value,
-    layers=lambda network: None,
-    units=-1,
-)
+def _rectifiers(network: nn.Module) -> dict[str, Kind]:
+    """The activation modules of a flow, those of its field last, as above."""
+    names = [name for name, part in network.named_modules() if isinstance(part, nn.ReLU)]
+    return {name: "rectifier" for name in sorted(names, key=lambda name: not name.startswith("distilled."))}
+
+
+FLASHSAC = _Kind(profile=BOUNDED, modes=(False,), layers=_norms, units=-2)
+SAC = _Kind(profile=PLAIN, modes=(), layers=lambda network: None, units=-1)
 KINDS: dict[type[nn.Module], _Kind] = {
     flashsac.Actor: FLASHSAC,
     flashsac.Critic: FLASHSAC,
+    flashsac.VelocityField: replace(FLASHSAC, profile=ROW_NORMED),
     sac.Actor: SAC,
     sac.Critic: SAC,
+    sac.VelocityField: replace(SAC, layers=_rectifiers),
 }
-"""By the class of an actor or critic."""
+"""By the class of an actor, a critic, or the field of a flow."""
+
+
+def kind_of(network: nn.Module) -> _Kind:
+    """How an actor or critic is read."""
+    read: object = network.field if isinstance(network, FlowCritic) else network
+    return next(kind for network_type, kind in KINDS.items() if isinstance(read, network_type))
 
 
 def subjects(agent: Agent) -> dict[str, Subject]:
@@ -89,17 +88,17 @@ def subjects(agent: Agent) -> dict[str, Subject]:
     """
     learner = agent.learner
     actor, critic = learner.actor, learner.critic
-    of_actor, of_critic = KINDS[type(actor)], KINDS[type(critic)]
+    of_actor, of_critic = kind_of(actor), kind_of(critic)
     actor_reader = ModuleReader(
-        actor, lambda inputs: of_actor.policy(actor, inputs.observation), of_actor.layers(actor), units=of_actor.units
+        actor, lambda inputs: _policy(actor, inputs.observation), of_actor.layers(actor), units=of_actor.units
     )
     critic_reader = ModuleReader(
         critic,
-        lambda inputs: of_critic.output(critic, inputs.critic_observation, inputs.action),
+        lambda inputs: _run(critic, inputs.critic_observation, inputs.action),
         of_critic.layers(critic),
         units=of_critic.units,
     )
-    categorical = isinstance(critic, flashsac.Critic)
+    categorical = isinstance(getattr(critic, "values", None), Categorical)
     return {
         "actor": Subject(
             "actor",
@@ -107,7 +106,7 @@ def subjects(agent: Agent) -> dict[str, Subject]:
             actor_reader,
             profile=of_actor.profile,
             loss=lambda inputs: policy_loss(agent, inputs),
-            output=lambda inputs: of_actor.policy(actor, inputs.observation)[0][0, 0],
+            output=lambda inputs: _policy(actor, inputs.observation)[0][0, 0],
             rank_layers=_last(actor_reader),
         ),
         "critic": Subject(
@@ -118,10 +117,38 @@ def subjects(agent: Agent) -> dict[str, Subject]:
             profile=of_critic.profile,
             loss=lambda inputs: td_losses(agent, inputs).mean(),
             output=lambda inputs: values(agent, inputs.critic_observation, inputs.action)[:, 0].mean(),
-            logits=(lambda i: of_critic.output(critic, i.critic_observation, i.action)) if categorical else None,
+            logits=(lambda inputs: _output(critic, inputs.critic_observation, inputs.action)) if categorical else None,
             rank_layers=_last(critic_reader),
         ),
     }
+
+
+def _policy(actor: nn.Module, observation: Tensor) -> tuple[Tensor, Tensor]:
+    """Observations (B, D) to mean and log_std, (B, A) each."""
+    mean, log_std = actor(observation, *kind_of(actor).modes)
+    return mean, log_std
+
+
+def _output(critic: nn.Module, observation: Tensor, action: Tensor) -> Tensor:
+    """What a critic's head gives, (members, B, ...); of a flow its value, (members, B)."""
+    output: Tensor = critic(observation, action, *kind_of(critic).modes)
+    return output
+
+
+def _run(critic: nn.Module, observation: Tensor, action: Tensor) -> None:
+    """Once through every layer: of a flow, the field at t = 0 and the distilled critics."""
+    if not isinstance(critic, FlowCritic):
+        _output(critic, observation, action)
+        return
+    one_step(critic, observation, action)
+    if critic.distilled is not None:
+        critic.distilled(observation, action, *kind_of(critic).modes)
+
+
+def one_step(critic: FlowCritic, observation: Tensor, action: Tensor, *modes: bool) -> Tensor:
+    """The mean end of one Euler step from the bank's noises, (members, B): what a field says at t = 0."""
+    field = critic.field.given(observation, action, *(modes or kind_of(critic).modes))
+    return critic.trajectory(field, critic.bank, 1)[-1].mean(-2)
 
 
 def _last(reader: ModuleReader) -> list[str]:
@@ -167,14 +194,18 @@ def values(agent: Agent, observation: Tensor, action: Tensor) -> Tensor:
 
 def critic_values(critic: nn.Module, observation: Tensor, action: Tensor) -> Tensor:
     """As `values`, of any critic network of a known kind, such as a copy."""
-    kind = KINDS[type(critic)]
-    return kind.value(critic, kind.output(critic, observation, action))
+    output = _output(critic, observation, action)
+    return output if isinstance(critic, FlowCritic) else _values_of(critic).expected(output)
+
+
+def _values_of(critic: nn.Module) -> Values:
+    assert isinstance(critic, flashsac.Critic | sac.Critic)
+    return critic.values
 
 
 def policy_mean(agent: Agent, observation: Tensor) -> Tensor:
     """Mean (B, A) of the policy before squashing, on policy observations (B, D)."""
-    actor = agent.learner.actor
-    return KINDS[type(actor)].policy(actor, observation)[0]
+    return _policy(agent.learner.actor, observation)[0]
 
 
 @torch.no_grad()
@@ -184,42 +215,71 @@ def td_targets(agent: Agent, inputs: Inputs) -> Tensor:
 
 
 def td_losses(agent: Agent, inputs: Inputs) -> Tensor:
-    """The critic's loss (B,) of every row, mean over members; differentiable by the critic's parameters."""
-    learner = agent.learner
-    target, mean = _targets(agent, inputs)
-    output = KINDS[type(learner.critic)].output(learner.critic, inputs.critic_observation, inputs.action)
-    losses = (output - mean).square() if target is None else -(target * F.log_softmax(output, -1)).sum(-1)
-    return losses.mean(0)
+    """The critic's loss (B,) of every row, mean over members; differentiable by the critic's parameters.
+
+    A flow's is that of its velocities: what is distilled from it has no target of its own.
+    """
+    critic = agent.learner.critic
+    target, _ = _targets(agent, inputs)
+    if isinstance(critic, FlowCritic):
+        noise = _flow_noise(critic, inputs)
+        field = critic.field.given(inputs.critic_observation, inputs.action, *kind_of(critic).modes)
+        return critic.losses(field, noise.source, noise.time, target).mean(0)
+    output = _output(critic, inputs.critic_observation, inputs.action)
+    return _values_of(critic).losses(output, target).mean(0)
 
 
 @torch.no_grad()
-def _targets(agent: Agent, inputs: Inputs) -> tuple[Tensor | None, Tensor]:
-    """Probabilities (B, atoms) of the target where the critic is categorical, and its mean (B,)."""
+def _targets(agent: Agent, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The target of the critic's outputs, and its mean (B,) before clipping."""
     learner = agent.learner
-    action, log_prob = _actions(agent, inputs.next_observation)
-    bonus = -learner.alpha() * log_prob if learner.backup_entropy else torch.zeros_like(log_prob)
     target_critic = learner.target_critic
-    output = KINDS[type(target_critic)].output(target_critic, inputs.next_critic_observation, action)
-    if not isinstance(target_critic, flashsac.Critic):
-        return None, inputs.reward + inputs.discount * (output.amin(0) + bonus)
-    head = target_critic.head
-    return categorical_target(output, inputs.reward, inputs.discount, bonus, head.atoms, head.support)
+    flows = isinstance(target_critic, FlowCritic)
+    noise = _flow_noise(target_critic, inputs).action if flows else None
+    action, log_prob = _actions(agent, inputs.next_observation, noise)
+    bonus = -learner.alpha() * log_prob if learner.backup_entropy else torch.zeros_like(log_prob)
+    if isinstance(target_critic, FlowCritic):
+        endpoints = _endpoints(target_critic, inputs, action)
+        return target_critic.target(endpoints, inputs.reward, inputs.discount, bonus)
+    output = _output(target_critic, inputs.next_critic_observation, action)
+    return _values_of(target_critic).target(output, inputs.reward, inputs.discount, bonus)
+
+
+def _endpoints(target_critic: FlowCritic, inputs: Inputs, action: Tensor) -> Tensor:
+    """Where the target's flows end at s' with each noise's own action (m, B, A): (members, m, B)."""
+    noise, observation = _flow_noise(target_critic, inputs), inputs.next_critic_observation
+    if isinstance(target_critic.field, flashsac.VelocityField):
+        repeated = observation.repeat(len(action), 1)
+        field = target_critic.field.given(repeated, action.flatten(0, 1), False, noises=len(action))
+    else:
+        field = target_critic.field.given(observation, action)
+    return target_critic.trajectory(field, noise.target)[-1]
+
+
+def _flow_noise(critic: nn.Module, inputs: Inputs) -> FlowNoise:
+    """The same in every call."""
+    assert isinstance(critic, FlowCritic)
+    rng = seeding.generator(inputs.reward.device, 0, "noise of measurements", 0)
+    return critic.noise(len(inputs.reward), inputs.action.shape[-1], rng)
 
 
 def policy_loss(agent: Agent, inputs: Inputs) -> Tensor:
-    """E[alpha log pi(a|s) - min Q(s, a)], differentiable by the actor's parameters."""
+    """E[alpha log pi(a|s) - Q(s, a)] with the value that the actor climbs, differentiable by the actor's parameters."""
     action, log_prob = _actions(agent, inputs.observation)
-    value = values(agent, inputs.critic_observation, action).amin(0)
+    critic = agent.learner.critic
+    assert isinstance(critic, FlowCritic | flashsac.Critic | sac.Critic)
+    value = critic.value(inputs.critic_observation, action, *kind_of(critic).modes)
     loss: Tensor = (agent.learner.alpha() * log_prob - value).mean()
     return loss
 
 
-def _actions(agent: Agent, observation: Tensor) -> tuple[Tensor, Tensor]:
-    """Actions (B, A) of the policy and their log-probabilities (B,), with the same noise in every call."""
-    actor = agent.learner.actor
-    mean, log_std = KINDS[type(actor)].policy(actor, observation)
-    rng = seeding.generator(mean.device, 0, "noise of measurements", 0)
-    return squashed_sample(mean, log_std, torch.randn(mean.shape, generator=rng, device=mean.device))
+def _actions(agent: Agent, observation: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Actions (..., B, A) of the policy and log-probabilities (..., B), with the same noise in every call."""
+    mean, log_std = _policy(agent.learner.actor, observation)
+    if noise is None:
+        rng = seeding.generator(mean.device, 0, "noise of measurements", 0)
+        noise = torch.randn(mean.shape, generator=rng, device=mean.device)
+    return squashed_sample(mean, log_std, noise)
 
 
 @dataclass(frozen=True)

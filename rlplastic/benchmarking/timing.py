@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+import numpy as np
+
 K = TypeVar("K")
 WARM_UP = 2
 """Rounds that do not count: the first may compile."""
@@ -34,3 +36,16 @@ def interleaved(
                 if repeat >= WARM_UP:
                     seen[name].append((time.perf_counter() - started) * 1e6)
     return {name: statistics.median(values) for name, values in seen.items()}
+
+
+def percentiles(works: Mapping[K, Callable[[], object]], calls: int) -> dict[K, tuple[float, float]]:
+    """Median and 99th percentile of microseconds of each, asked in turn ``calls`` times, after some to warm up."""
+    seen: dict[K, list[float]] = {name: [] for name in works}
+    warm_up = calls // 20 + 1
+    for call in range(calls + warm_up):
+        for name, work in works.items():
+            started = time.perf_counter()
+            work()
+            if call >= warm_up:
+                seen[name].append((time.perf_counter() - started) * 1e6)
+    return {name: (statistics.median(values), float(np.percentile(values, 99))) for name, values in seen.items()}

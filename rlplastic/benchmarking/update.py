@@ -1,5 +1,7 @@
 """Time of one FlashSAC update against its arithmetic floor: the matrix products of the same update, done alone.
 
+With ``critic=flow``: of updates with flow critics, by their steps and noises, against the categorical critic's.
+
 The products are those that two updates (one with an actor step) really do, recorded from an eager run with their
 shapes, strides and precision; the floor is the time that they take one after the other on tensors that lie ready.
 """
@@ -22,7 +24,12 @@ from rlplastic.presets import probe_machine, resolve
 from rlplastic.replay.sample import Batch
 
 OBSERVATIONS, ACTIONS = 348, 17
-CAPTION = "Milliseconds per update, median; the actor learns every second time. floor: the same products alone."
+CAPTION = (
+    "Milliseconds per update, median; the actor learns every second time. floor: the same products alone; "
+    "categorical: the same agent with the categorical critic."
+)
+COUNTS = (1, 2, 4, 8)
+"""Steps and noises of flow critics; 8 and 8 are published."""
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 Product = tuple[Any, list[tuple[torch.Size, tuple[int, ...], torch.dtype]]]
 
@@ -30,9 +37,14 @@ Product = tuple[Any, list[tuple[torch.Size, tuple[int, ...], torch.dtype]]]
 def measure(options: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - the verb's arguments
     """A row for every size and precision, compiled where a compiler is found, and eager; quick: eager only.
 
-    Compiling takes about a minute for each row.
+    Compiling takes about a minute for each row. Of flow critics there is a row for every number of steps and of noises,
+    eager only: the ratio is what is asked for, and 16 of their losses would compile for an hour.
     """
     machine = probe_machine("auto")
+    if options.critic == "flow":
+        counts = COUNTS[:2] if options.quick else COUNTS
+        width, batch = (32, 64) if options.quick else (64, 256)
+        return _flow_rows(width, batch, counts, options.repeats)
     sizes = [(32, 64)] if options.quick else [(256, 512), (128, 256), (64, 256)]
     eager = options.quick or (machine.compiler is None and machine.device == "cpu")
     modes = ["off"] if eager else ["on", "off"]
@@ -45,16 +57,45 @@ def measure(options: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - the verb's 
     ]
 
 
-def _row(width: int, batch: int, precision: str, mode: str, repeats: int) -> dict[str, Any]:
-    overrides = [f"agent.critic_width={width}", f"agent.actor_width={width // 2}", f"replay.batch_size={batch}"]
+def _flow_rows(width: int, batch: int, counts: Sequence[int], repeats: int) -> list[dict[str, Any]]:
     machine = probe_machine("auto")
-    config, _ = resolve(compose([*overrides, f"precision={precision}", "compile=off"]), machine)
-
-    def agent_with(compile: Callable[[Any], Any]) -> Any:  # noqa: ANN401 - FlashSAC, of which `Agent` shows less
-        return make_agent(config, {"policy": OBSERVATIONS}, ACTIONS, compile)
-
     drawn = _batch(batch, machine.device)
-    products = _products(lambda: _two(agent_with(lambda function: function), drawn))
+    flows = [(steps, noises) for steps in counts for noises in counts]
+    overrides = {
+        (0, 0): ["critic=categorical"],
+        **{(k, m): ["critic=flow", f"critic.steps={k}", f"critic.noises={m}"] for k, m in flows},
+    }
+    agents = {key: _agent(width, batch, critic) for key, critic in overrides.items()}
+    works = {key: partial(_two, agent, drawn) for key, agent in agents.items()}
+    times = {key: time / 2e3 for key, time in interleaved(works, repeats, wait=barrier(machine.device)).items()}
+    return [
+        {
+            "width": width,
+            "batch": batch,
+            "steps": steps,
+            "noises": noises,
+            "update ms": times[steps, noises],
+            "categorical ms": times[0, 0],
+            "ratio": times[steps, noises] / times[0, 0],
+            "GFLOP": sum(map(_flop, _products(works[steps, noises]))) / 2e9,
+        }
+        for steps, noises in flows
+    ]
+
+
+def _agent(
+    width: int, batch: int, overrides: Sequence[str], compile: Callable[[Any], Any] = lambda function: function
+) -> Any:  # noqa: ANN401 - FlashSAC, of which `Agent` shows less
+    sizes = [f"agent.critic_width={width}", f"agent.actor_width={width // 2}", f"replay.batch_size={batch}"]
+    config, _ = resolve(compose([*sizes, *overrides, "compile=off"]), probe_machine("auto"))
+    return make_agent(config, {"policy": OBSERVATIONS}, ACTIONS, compile)
+
+
+def _row(width: int, batch: int, precision: str, mode: str, repeats: int) -> dict[str, Any]:
+    machine = probe_machine("auto")
+    agent_with = partial(_agent, width, batch, [f"precision={precision}"])
+    drawn = _batch(batch, machine.device)
+    products = _products(lambda: _two(agent_with(), drawn))
     replay = _replay(products, machine.device)
     agent = agent_with(partial(torch.compile, dynamic=False, fullgraph=True) if mode == "on" else lambda f: f)
     works = {"update": lambda: _two(agent, drawn), "floor": replay}

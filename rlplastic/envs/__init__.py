@@ -5,9 +5,11 @@ Importing this package imports no simulator.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from rlplastic.envs.base import AutoresetMode, Observation, Step, VectorEnv, step
+from rlplastic.envs.changes import Clock, changes
 from rlplastic.errors import ConfigurationError, nearest
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ def make_envs(
     num_envs: int | None = None,
     rank: int = 0,
     rebuild: int = 0,
+    transitions: int = 0,
 ) -> VectorEnv:
     """The environments that a configuration describes, with seeds that depend on all arguments.
 
@@ -34,6 +37,7 @@ def make_envs(
         num_envs: overrides ``config.num_envs``.
         rank: of this process.
         rebuild: how often the environments were built anew before.
+        transitions: of the run so far, which say where a task that switches (``config.switch_every``) is.
 
     Raises:
         ConfigurationError: unknown backend, family, task or option.
@@ -44,16 +48,23 @@ def make_envs(
     count = config.num_envs if num_envs is None else num_envs
     if count is None or count < 1:
         raise ConfigurationError(f"env.num_envs={count} was given; expected a number of at least 1")
-    return build_envs(config, environment_seeds(seed, role, rank, count, rebuild))
+    clock = Clock(transitions, pace=count if role == "train" else 0)
+    return build_envs(config, environment_seeds(seed, role, rank, count, rebuild), clock)
 
 
-def build_envs(config: EnvConfig, seeds: list[int]) -> VectorEnv:
+def build_envs(config: EnvConfig, seeds: list[int], clock: Clock = Clock()) -> VectorEnv:  # noqa: B008 - immutable
     """One environment per construction seed; ``config.num_envs`` is not read. Errors as in `make_envs`."""
+    changing = changes(config)
     kwargs = {str(name): value for name, value in config.kwargs.items()}
     if config.backend == "envpool":
         if config.family == "gymnasium":
             raise ConfigurationError(
                 "the family gymnasium has no envpool tasks; expected env.backend=gymnasium with it"
+            )
+        if changing:
+            raise ConfigurationError(
+                f"envpool lets nobody change its tasks ({', '.join(changing)}); expected env.backend=gymnasium with "
+                "env.randomise and env.switch_every: MuJoCo Playground has noise and pushes of its own in env.kwargs"
             )
         from rlplastic.envs.catalogue import resolve
         from rlplastic.envs.envpool_adapter import EnvpoolEnv
@@ -71,4 +82,11 @@ def build_envs(config: EnvConfig, seeds: list[int]) -> VectorEnv:
         )
     from rlplastic.envs.gymnasium_adapter import GymnasiumEnv
 
-    return GymnasiumEnv(config.task, len(seeds), seeds, config.vectorization, config.autoreset, kwargs)
+    if not changing:
+        return GymnasiumEnv(config.task, len(seeds), seeds, config.vectorization, config.autoreset, kwargs)
+    from rlplastic.envs.randomised import make_randomised
+
+    make = partial(make_randomised, config, kwargs, clock)
+    envs = GymnasiumEnv.from_factory(make, len(seeds), seeds, config.vectorization, config.autoreset, config.task)
+    envs.description += f"; {', '.join(changing)}"
+    return envs

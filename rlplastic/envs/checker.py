@@ -423,10 +423,11 @@ def _configuration(arguments: Sequence[str]) -> tuple[EnvConfig, dict[str, int]]
 
     numbers = {"num_envs": 4, "steps": 0, "seed": 0}
     settings: dict[str, str] = {}
-    keys = ["env", *numbers, *(f.name for f in fields(EnvConfig) if f.name not in ("num_envs", "kwargs"))]
+    own = ("num_envs", "kwargs", "randomise")
+    keys = ["env", *numbers, *(f.name for f in fields(EnvConfig) if f.name not in own)]
     for argument in arguments:
         name, equals, value = argument.removeprefix("env.").partition("=")
-        if not equals or (name not in keys and not name.startswith("kwargs.")):
+        if not equals or (name not in keys and not name.startswith(("kwargs.", "randomise."))):
             raise ConfigurationError(f"{argument!r} is not understood; expected key=value, {nearest(name, keys)}")
         if name in numbers:
             least = 1 if name == "num_envs" else 0

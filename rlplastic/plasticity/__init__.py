@@ -7,12 +7,13 @@ it; both work on a `patient.Patient`. Everything here knows modules, optimizers 
 
 from rlplastic.plasticity.activations import Layer, ModuleReader, untouched
 from rlplastic.plasticity.measure import Past, Subject, gradient_dormancy, measure, uninformative
-from rlplastic.plasticity.profile import BOUNDED, PLAIN, Profile
+from rlplastic.plasticity.profile import BOUNDED, PLAIN, ROW_NORMED, Profile
 from rlplastic.plasticity.weights import snapshot
 
 __all__ = [
     "BOUNDED",
     "PLAIN",
+    "ROW_NORMED",
     "Layer",
     "ModuleReader",
     "Past",

@@ -21,6 +21,7 @@ from rlplastic.plasticity import wording
 from rlplastic.plasticity.interventions import INTERVENTIONS
 from rlplastic.plasticity.monitor import Alarm, Evidence, Rules, act, is_ill, probe, rule_of, screen, verify, worst_of
 from rlplastic.plasticity.patient import Patient
+from rlplastic.plasticity.probe import Probe
 from rlplastic.plasticity.recovery import Recovery
 
 L = TypeVar("L")
@@ -120,6 +121,8 @@ class PlasticityMonitor(Generic[L]):
         self._raised: set[str] = set()
         self._early: dict[str, list[float]] = {}
         self._tolerated: dict[str, float] = {}
+        self._dropped: list[str] = []
+        """Interventions whose branches were no good, since the last one that was."""
         self._recent: deque[float] = deque(maxlen=RECENT)
 
     # What the host calls
@@ -183,20 +186,20 @@ class PlasticityMonitor(Generic[L]):
         cost = sum(self._probe_cost(name) for name in patients)
         if not self._affords(cost, updates):
             self._rest(updates)
+            self._tell("unaffordable", updates, "no probe: the budget for probes and branches is used up")
             return
         found = probe(patients, self._key("probe", updates), self.rules)
         self.spent += cost
         self.examinations += bool(alarms)
-        worst = max(found, key=lambda name: math.inf if math.isnan(found[name].worst) else found[name].worst)
-        ill = is_ill(found[worst], self.rules)
+        ill = [name for name, result in found.items() if is_ill(result, self.rules)]
         if alarms and not ill:
             self.false_alarms += 1
-            self._tolerated |= {alarm.metric: alarm.value for alarm in alarms}
+            self._tolerated |= {alarm.metric: alarm.value for alarm in alarms if math.isfinite(alarm.value)}
         for name, result in found.items():
             self._tell(
                 "probe",
                 updates,
-                wording.probed(name, result.worst, is_ill(result, self.rules), bool(alarms)),
+                wording.probed(name, result.worst, name in ill, bool(alarms)),
                 patient=name,
                 ratio=result.ratio,
                 worst=result.worst,
@@ -211,13 +214,14 @@ class PlasticityMonitor(Generic[L]):
             self._rest(updates)
         elif self.interventions >= self.rules.max_interventions:
             self._rest(updates)
-            self._tell("forbidden", updates, f"the {worst} is left as it is: no intervention is allowed any more")
+            self._tell("forbidden", updates, f"the {ill[0]} is left as it is: no intervention is allowed any more")
         else:
+            worst = max(ill, key=lambda name: math.inf if math.isnan(found[name].worst) else found[name].worst)
             self._act(worst, patients[worst], found[worst], updates)
 
     # Act
 
-    def _act(self, name: str, patient: Patient, found: Any, updates: int) -> None:  # noqa: ANN401 - a Probe
+    def _act(self, name: str, patient: Patient, found: Probe, updates: int) -> None:
         """Choose on discarded copies, then carry out on a branch."""
         key = self._key("intervention", updates)
         trials = (len(self.rules.ladder) + 1) * self.rules.probe_steps * self.host.probe_cost(name)
@@ -225,7 +229,7 @@ class PlasticityMonitor(Generic[L]):
             self._rest(updates)
             self._tell("unaffordable", updates, f"the {name} is left as it is: the budget for treating it is used up")
             return
-        chosen, attempts, cost = act(patient, found, key, self.rules)
+        chosen, attempts, cost = act(patient, found, key, self.rules, self._dropped)
         self.spent += cost * self.host.probe_cost(name)
         tried = [asdict(attempt) for attempt in attempts]
         if chosen is None:
@@ -271,6 +275,7 @@ class PlasticityMonitor(Generic[L]):
             return
         self.case = None
         if outcome == "dropped":
+            self._dropped.append(case.intervention)
             self.host.drop()
             self._rest(updates)
             return
@@ -325,7 +330,7 @@ class PlasticityMonitor(Generic[L]):
 
     def _start_anew(self) -> None:
         """The live networks were edited: their early phase begins again, and what was tolerated is not any more."""
-        self._early, self._tolerated, self._raised = {}, {}, set()
+        self._early, self._tolerated, self._raised, self._dropped = {}, {}, set(), []
         self.host.rebase()
 
     def _tell(self, event: str, updates: int, sentence: str, **evidence: Any) -> None:  # noqa: ANN401
@@ -335,7 +340,7 @@ class PlasticityMonitor(Generic[L]):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and words; the branch's weights are the host's to save."""
+        """Plain numbers and words; the branch's weights are the host's to save. JSON may hold None for a NaN of it."""
         case = None
         if self.case is not None:
             case = {name: value for name, value in vars(self.case).items() if name != "branch"}
@@ -350,6 +355,7 @@ class PlasticityMonitor(Generic[L]):
             "raised": sorted(self._raised),
             "early": self._early,
             "tolerated": self._tolerated,
+            "dropped": self._dropped,
             "recent": list(self._recent),
         }
 
@@ -358,11 +364,12 @@ class PlasticityMonitor(Generic[L]):
         self.case = None
         if state["case"] is not None:
             assert branch is not None, "a case comes with its branch"
-            self.case = Case(branch, **state["case"])
+            ratio = state["case"]["ratio"]
+            self.case = Case(branch, **{**state["case"], "ratio": math.nan if ratio is None else ratio})
         self.recovery = None if state["recovery"] is None else Recovery.load(state["recovery"])
         self.interventions, self.false_alarms = state["interventions"], state["false_alarms"]
         self.examinations, self.spent = state["examinations"], state["spent"]
         self._resting_until, self._raised = state["resting_until"], set(state["raised"])
         self._early = {name: list(values) for name, values in state["early"].items()}
-        self._tolerated = dict(state["tolerated"])
+        self._tolerated, self._dropped = dict(state["tolerated"]), list(state["dropped"])
         self._recent = deque(state["recent"], maxlen=RECENT)

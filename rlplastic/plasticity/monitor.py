@@ -13,7 +13,7 @@ The four functions are pure; `rlplastic.plasticity.decision_loop` calls them in 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -59,6 +59,7 @@ class Rules:
     probe_steps: int = 300
     probe_functions: int = 3
     ill: float = 1.5
+    ill_gap: float = 0.1
     healthy: float = 1.2
     ladder: tuple[str, ...] = ("optimizer_reset", "last_layer_reset", "shrink_and_perturb", "full_reset")
     max_interventions: int = 4
@@ -155,8 +156,13 @@ def probe(patients: Mapping[str, Patient], key: int, rules: Rules) -> dict[str, 
 
 
 def is_ill(found: Probe, rules: Rules) -> bool:
-    """Whether the slowest member learns too slowly; a probe that met a NaN counts as ill."""
-    return not found.worst <= rules.ill
+    """Whether a member learns too slowly; one that met a NaN counts as ill.
+
+    By ratio and by area: where both networks learn nearly all at once, as categorical critics do, the ratio of two
+    small areas says nothing.
+    """
+    areas = zip(found.members, found.areas, found.fresh_areas, strict=True)
+    return any(not (ratio <= rules.ill or area - fresh <= rules.ill_gap) for ratio, area, fresh in areas)
 
 
 # Act
@@ -168,11 +174,13 @@ class Attempt:
 
     intervention: str
     ratio: float | None
-    """Of the treated copy, worst member; None where the intervention does not apply."""
+    """Of the treated copy, worst member; None where there was none."""
     remark: str = ""
 
 
-def act(patient: Patient, ill: Probe, key: int, rules: Rules) -> tuple[str | None, list[Attempt], int]:
+def act(
+    patient: Patient, ill: Probe, key: int, rules: Rules, dropped: Collection[str] = ()
+) -> tuple[str | None, list[Attempt], int]:
     """The smallest intervention of the ladder that brings a discarded copy below ``rules.healthy``.
 
     One function of the probe is enough here: the branch is probed with all of them later.
@@ -182,6 +190,7 @@ def act(patient: Patient, ill: Probe, key: int, rules: Rules) -> tuple[str | Non
         ill: its probe.
         key: of the interventions' randomness; the same key repeats on the branch what was tried here.
         rules: the ladder and the bound.
+        dropped: interventions that healed copies, but whose branches were no good.
 
     Returns:
         Its name, or None if none suffices; what was tried; the cost in optimizer steps.
@@ -190,6 +199,9 @@ def act(patient: Patient, ill: Probe, key: int, rules: Rules) -> tuple[str | Non
     reference: Probe | None = None
     cost = 0
     for name in rules.ladder:
+        if name in dropped:
+            attempts.append(Attempt(name, None, "its branch was dropped before"))
+            continue
         candidate = copy_of(patient)
         try:
             applied = INTERVENTIONS[name](candidate, key)

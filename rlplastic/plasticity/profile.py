@@ -56,3 +56,10 @@ BOUNDED = Profile(
     ),
 )
 """Norm-bounded networks: unit rows and a batch norm before every rectifier, such as FlashSAC's."""
+
+ROW_NORMED = Profile(
+    "row-normed",
+    MappingProxyType({name: BOUNDED.uninformative[name] for name in ("weight_norm", "distance_from_init")}),
+)
+"""Norm-bounded networks with an RMSNorm before every rectifier, such as FlashSAC's flows: it bounds a row's activity,
+not a unit's, so units can die."""

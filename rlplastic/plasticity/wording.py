@@ -56,7 +56,7 @@ def alarm(found: Alarm) -> str:
 
 def probed(name: str, ratio: float, ill: bool, alarmed: bool) -> str:
     """What a probe found."""
-    verdict = "it is ill" if ill else "a false alarm" if alarmed else "it is healthy"
+    verdict = "it is ill" if ill else "no illness, a false alarm" if alarmed else "no illness"
     return f"the {name} learns {pace(ratio)}: {verdict}"
 
 

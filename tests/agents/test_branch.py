@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -79,3 +80,23 @@ def test_what_a_branch_learned_is_taken_over_in_place_and_then_goes_on_alike(nam
     assert places == [p.data_ptr() for network in agent.modules.values() for p in network.parameters()]
     learn(agent, 6, 16), learn(branch, 6, 16)
     assert same(state(agent), state(branch))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_branch_runs_through_the_compiled_losses_of_its_agent_and_compiles_nothing_anew() -> None:
+    plain = SACConfig(critic_width=8, actor_width=8, gamma=0.99)
+
+    def compiled(function: Any) -> Any:
+        return torch.compile(function, dynamic=False, fullgraph=True)
+
+    agent, alone = (SAC(DIMS, ACTIONS, ENVS, plain, ScalarCriticConfig(), compile=compiled) for _ in range(2))
+    learn(agent, 0, 3), learn(alone, 0, 3)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    branch = agent.branch()
+    learn(agent, 3, 8), learn(branch, 3, 8), learn(alone, 3, 8)
+    assert same(state(branch), state(agent)) and same(state(agent), state(alone))
+    agent.load_learned_state(branch.learned_state())
+    learn(agent, 8, 10), learn(alone, 8, 10)
+    assert same(state(agent), state(alone))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
-from rlplastic.agents.heads import CategoricalHead, GaussianHead, squashed_sample
+from rlplastic.agents.heads import Categorical, GaussianHead, UnitHead, squashed_sample
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -77,12 +77,12 @@ def test_gaussian_head_is_two_linear_maps_with_free_biases() -> None:
 
 
 def test_expected_value_is_the_sum_over_atoms_and_atoms_are_no_state() -> None:
-    head = CategoricalHead(8, 7, 3.0, members=2)
-    assert set(head.state_dict()) == {"linear.weight", "bias"}
-    np.testing.assert_allclose(head.atoms, np.linspace(-3, 3, 7), atol=1e-6)
+    categorical, head = Categorical(7, 3.0), UnitHead(8, 7, members=2)
+    assert set(categorical.state_dict()) == set() and set(head.state_dict()) == {"linear.weight", "bias"}
+    np.testing.assert_allclose(categorical.atoms, np.linspace(-3, 3, 7), atol=1e-6)
     assert torch.equal(head.bias, torch.zeros(2, 7))
     logits = normal(2, 5, 7).float()
-    values = head.expected(logits)
+    values = categorical.expected(logits)
     for member in range(2):
         for row in range(5):
             weights = [math.exp(float(logit)) for logit in logits[member, row]]

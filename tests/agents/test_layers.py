@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from rlplastic.agents.flashsac.networks import Actor, Critic
+from rlplastic.agents.heads import Categorical
 from rlplastic.agents.layers import BatchNorm, NormBounds, ResidualBlock, RMSNorm, Trunk, UnitLinear
 
 ROWS = 17
@@ -125,8 +126,8 @@ def test_trunk_of_an_ensemble_equals_separate_trunks() -> None:
 
 NETWORKS = {
     "actor": lambda: Actor(5, 2, 8, 2),
-    "twin critics": lambda: Critic(5, 2, 8, 2, 11, 5.0, members=2),
-    "one critic": lambda: Critic(5, 2, 8, 1, 11, 5.0, members=1),
+    "twin critics": lambda: Critic(5, 2, 8, 2, Categorical(11, 5.0), members=2),
+    "one critic": lambda: Critic(5, 2, 8, 1, Categorical(11, 5.0), members=1),
 }
 
 
@@ -176,7 +177,7 @@ def test_deviations_measure_the_worst_relative_distance_from_each_bound() -> Non
 
 
 def test_projecting_twice_changes_nothing_more() -> None:
-    network = randomised(Critic(5, 2, 8, 2, 11, 5.0, members=2))
+    network = randomised(Critic(5, 2, 8, 2, Categorical(11, 5.0), members=2))
     bounds = NormBounds(network)
     bounds.project()
     once = {name: value.clone() for name, value in network.state_dict().items()}

@@ -17,6 +17,7 @@ from torch import nn
 
 from rlplastic.agents import parameter_bytes, steps
 from rlplastic.agents.adam import Adam
+from rlplastic.agents.heads import Scalar
 from rlplastic.agents.sac import SAC, update
 from rlplastic.agents.sac.networks import Actor, Critic, actor_like
 from rlplastic.composition import compose
@@ -224,7 +225,7 @@ def test_without_the_entropy_bonus_the_target_is_the_plain_bootstrap() -> None:
 
 @pytest.mark.parametrize("layer_norm", [False, True])
 def test_twin_critics_in_one_module_equal_two_networks_and_learn_nothing_of_each_other(layer_norm: bool) -> None:
-    critic = Critic(6, ACTIONS, WIDTH, 3, members=2, layer_norm=layer_norm).double()
+    critic = Critic(6, ACTIONS, WIDTH, 3, Scalar(), members=2, layer_norm=layer_norm).double()
     singles = [torch_network(critic, ["head"], member) for member in range(2)]
     inputs = inputs_of()
     together = critic(inputs.critic_observation, inputs.action)

@@ -7,30 +7,43 @@ from typing import Any
 import pytest
 import torch
 from batches import random_batch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlplastic import seeding
 from rlplastic.agents import subjects as reading
 from rlplastic.agents.flashsac import FlashSAC
 from rlplastic.agents.flashsac import update as flashsac_update
+from rlplastic.agents.layers import BatchNorm
 from rlplastic.agents.sac import SAC
 from rlplastic.agents.sac import update as sac_update
-from rlplastic.config import CategoricalCriticConfig, FlashSACConfig, SACConfig, ScalarCriticConfig
+from rlplastic.config import (
+    CategoricalCriticConfig,
+    FlashSACConfig,
+    FlowCriticConfig,
+    SACConfig,
+    ScalarCriticConfig,
+)
 from rlplastic.plasticity import measure, snapshot, uninformative
 
 DIMS = {"policy": 4, "critic": 6}
 ACTIONS, ENVS, ROWS, WIDTH, GAMMA = 2, 3, 40, 8, 0.99
-AGENTS = ["flashsac", "sac", "sac with layer norm"]
+AGENTS = ["flashsac", "flashsac scalar", "flashsac flow", "sac", "sac with layer norm", "sac categorical", "sac flow"]
+CRITICS = {
+    "scalar": ScalarCriticConfig(),
+    "categorical": CategoricalCriticConfig(num_atoms=11),
+    "flow": FlowCriticConfig(steps=3, noises=4),
+}
 
 
 def agent_of(name: str, updates: int = 5) -> Any:
     """A small agent that has learned a little, so that its target and running statistics are no longer the first."""
-    if name == "flashsac":
+    who, _, critic = name.partition(" ")
+    if who == "flashsac":
         flash = FlashSACConfig(critic_width=WIDTH, actor_width=WIDTH, gamma=GAMMA, num_blocks=1)
-        agent: Any = FlashSAC(DIMS, ACTIONS, ENVS, flash, CategoricalCriticConfig(num_atoms=11))
+        agent: Any = FlashSAC(DIMS, ACTIONS, ENVS, flash, CRITICS.get(critic, CRITICS["categorical"]))
     else:
         plain = SACConfig(critic_width=WIDTH, actor_width=WIDTH, gamma=GAMMA, layer_norm=name.endswith("norm"))
-        agent = SAC(DIMS, ACTIONS, ENVS, plain, ScalarCriticConfig())
+        agent = SAC(DIMS, ACTIONS, ENVS, plain, CRITICS.get(critic, CRITICS["scalar"]))
     for index in range(updates):
         agent.update(random_batch(DIMS, ACTIONS, ROWS, index, kept=0.7), 0.0)
     return agent
@@ -44,28 +57,28 @@ def noise_of_measurements() -> Tensor:
     return torch.randn(ROWS, ACTIONS, generator=seeding.generator("cpu", 0, "noise of measurements", 0))
 
 
-class Running(nn.Module):
-    """A FlashSAC network that uses running statistics whatever it is asked for."""
-
-    def __init__(self, network: Any) -> None:
-        super().__init__()
-        self.network, self.head = network, network.head
-
-    def forward(self, *arguments: Any) -> Any:
-        return self.network(*(False if isinstance(argument, bool) else argument for argument in arguments))
+@pytest.fixture
+def running_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch norms that use running statistics whatever they are asked for."""
+    forward = BatchNorm.forward
+    monkeypatch.setattr(
+        BatchNorm, "forward", lambda self, x, _, *rest, **named: forward(self, x, False, *rest, **named)
+    )
 
 
+@pytest.mark.usefixtures("running_statistics")
 @pytest.mark.parametrize("name", AGENTS)
 def test_losses_are_those_of_the_update_with_running_statistics(name: str) -> None:
     agent = agent_of(name)
     learner, inputs = agent.learner, inputs_for(agent)
+    update: Any = flashsac_update if name.startswith("flashsac") else sac_update
+    loss, noise = update.critic_loss, noise_of_measurements()
+    if name.endswith("flow"):
+        learner.critic.distilled = None
+        rng = seeding.generator("cpu", 0, "noise of measurements", 0)
+        loss, noise = update.flow_critic_loss, learner.critic.noise(ROWS, ACTIONS, rng)
     networks = learner.actor, learner.critic, learner.target_critic
-    if name == "flashsac":
-        expected = flashsac_update.critic_loss(
-            *map(Running, networks), learner.alpha(), inputs, noise_of_measurements()
-        )[0]
-    else:
-        expected = sac_update.critic_loss(*networks, learner.alpha(), inputs, noise_of_measurements())[0]
+    expected = loss(*networks, learner.alpha(), inputs, noise)[0]
     losses = reading.td_losses(agent, inputs)
     assert losses.shape == (ROWS,)
     torch.testing.assert_close(losses.mean(), expected)
@@ -73,18 +86,15 @@ def test_losses_are_those_of_the_update_with_running_statistics(name: str) -> No
     torch.testing.assert_close(asked, torch.autograd.grad(expected, list(learner.critic.parameters())))
 
 
+@pytest.mark.usefixtures("running_statistics")
 @pytest.mark.parametrize("name", AGENTS)
 def test_the_policys_loss_is_that_of_the_update_with_running_statistics(name: str) -> None:
     agent = agent_of(name)
     learner, inputs = agent.learner, inputs_for(agent)
-    if name == "flashsac":
-        joint = torch.cat((noise_of_measurements(), torch.zeros(ROWS, ACTIONS)))
-        actor, critic = Running(learner.actor), Running(learner.critic)
-        expected = flashsac_update.actor_loss(actor, critic, learner.alpha(), inputs, joint)[0]  # type: ignore[arg-type]
-    else:
-        expected = sac_update.actor_loss(
-            learner.actor, learner.critic, learner.alpha(), inputs, noise_of_measurements()
-        )[0]
+    update, noise = sac_update.actor_loss, noise_of_measurements()
+    if name.startswith("flashsac"):
+        update, noise = flashsac_update.actor_loss, torch.cat((noise, torch.zeros(ROWS, ACTIONS)))  # type: ignore[assignment]
+    expected = update(learner.actor, learner.critic, learner.alpha(), inputs, noise)[0]
     torch.testing.assert_close(reading.policy_loss(agent, inputs), expected)
 
 
@@ -129,7 +139,10 @@ def test_ranks_are_of_what_the_heads_read() -> None:
         critic = reading.subjects(agent)["critic"]
         assert critic.rank_layers is not None
         features = critic.read(inputs)[critic.rank_layers[0]].values
-        if name == "flashsac":
+        if name.endswith("flow"):
+            assert features.shape == (2, 4 * ROWS, WIDTH)  # a row for each noise
+            continue
+        if name.startswith("flashsac"):
             x = torch.cat((inputs.critic_observation, inputs.action), -1)
             expected = agent.learner.critic.trunk(x.mT, False).mT
         else:

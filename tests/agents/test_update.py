@@ -14,6 +14,7 @@ from rlplastic.agents import steps
 from rlplastic.agents.adam import Adam
 from rlplastic.agents.flashsac import FlashSAC, update
 from rlplastic.agents.flashsac.networks import Critic
+from rlplastic.agents.heads import Categorical
 from rlplastic.agents.layers import NormBounds
 from rlplastic.config import CategoricalCriticConfig, FlashSACConfig
 
@@ -267,7 +268,7 @@ def test_twin_critics_in_one_module_equal_two_critics() -> None:
     for batch in (True, False):
         singles = []
         for member in range(2):
-            single = Critic(PRIVILEGED, ACTIONS, 8, 2, ATOMS, SUPPORT, members=1).double()
+            single = Critic(PRIVILEGED, ACTIONS, 8, 2, Categorical(ATOMS, SUPPORT), members=1).double()
             single.load_state_dict({k: v[member : member + 1] for k, v in learner.critic.state_dict().items()})
             singles.append(single(s, a, batch)[0])
         torch.testing.assert_close(copy.deepcopy(learner.critic)(s, a, batch), torch.stack(singles))

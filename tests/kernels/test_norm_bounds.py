@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlplastic.agents.flashsac.networks import Actor, Critic
+from rlplastic.agents.heads import Categorical
 from rlplastic.agents.layers import NormBounds
 from rlplastic.errors import ConfigurationError
 from rlplastic.kernels import norm_bounds
@@ -118,8 +119,8 @@ def test_kernel_writes_nothing_but_its_rows_wherever_they_lie(offset: int, lengt
 NETWORKS: dict[str, Callable[[], torch.nn.Module]] = {
     "actor": lambda: Actor(5, 3, 9, 2),
     "wide actor": lambda: Actor(7, 2, 70, 1),
-    "twin critics": lambda: Critic(5, 2, 8, 1, 11, 5.0, members=2),
-    "three critics of odd width": lambda: Critic(4, 3, 7, 1, 5, 5.0, members=3),
+    "twin critics": lambda: Critic(5, 2, 8, 1, Categorical(11, 5.0), members=2),
+    "three critics of odd width": lambda: Critic(4, 3, 7, 1, Categorical(5, 5.0), members=3),
 }
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlplastic.agents.flashsac.networks import Actor, Critic
+from rlplastic.agents.heads import Categorical
 from rlplastic.agents.layers import BatchNorm
 from rlplastic.errors import ConfigurationError
 from rlplastic.plasticity.activations import ModuleReader, untouched
@@ -104,7 +105,7 @@ def test_a_layer_the_loss_does_not_reach_has_zero_gradients() -> None:
 
 
 def test_features_first_ensembles_are_read_as_members_rows_units() -> None:
-    critic = Critic(3, 2, 8, 1, 5, 1.0, 2)
+    critic = Critic(3, 2, 8, 1, Categorical(5, 1.0), 2)
     layers = {"trunk.blocks.0.expand_norm": "rectifier", "trunk.post_norm": "linear"}
     reader = ModuleReader(critic, lambda batch: critic(*batch, False), layers, units=-2)
     batch = normal(11, 3), normal(11, 2)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlplastic.agents.flashsac.networks import Critic
+from rlplastic.agents.heads import Categorical
 from rlplastic.errors import ConfigurationError
 from rlplastic.plasticity import curvature, ranks
 from rlplastic.plasticity.gradients import flat_gradient
@@ -93,7 +94,7 @@ def test_samples_with_two_outputs_are_refused() -> None:
 
 def bounded_loss(batch_statistics: bool) -> tuple[nn.Module, object]:
     torch.manual_seed(0)
-    critic = Critic(3, 2, 4, 1, 5, 1.0, 2).double()
+    critic = Critic(3, 2, 4, 1, Categorical(5, 1.0), 2).double()
     observation, action = torch.randn(16, 3, dtype=torch.float64), torch.randn(16, 2, dtype=torch.float64)
     critic(observation, action, True)
     return critic, lambda: critic(observation, action, batch_statistics).log_softmax(-1)[..., 0].square().mean()

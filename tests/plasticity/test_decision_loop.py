@@ -103,7 +103,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Toy:
         return {"critic": Probe((ratio,), (ratio,), (1.0,), (key, 1, 1, 32), 2)}
 
     monkeypatch.setattr(decision_loop, "probe", probe)
-    monkeypatch.setattr(decision_loop, "act", lambda patient, ill, key, rules: (rules.ladder[0], [], 1))
+    monkeypatch.setattr(decision_loop, "act", lambda patient, ill, key, rules, dropped: (rules.ladder[0], [], 1))
     return host
 
 
@@ -177,6 +177,23 @@ def test_a_worse_branch_is_given_more_time_and_then_dropped(toy: Toy) -> None:
     assert toy.calls == ["branch", "drop"] and monitor.interventions == 0
 
 
+def test_an_intervention_whose_branch_was_dropped_is_not_tried_again_before_another_was_good(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first_left(
+        patient: Patient, ill: Probe, key: int, rules: Rules, dropped: list[str]
+    ) -> tuple[str | None, list[Any], int]:
+        return next((name for name in rules.ladder if name not in dropped), None), [], 1
+
+    monkeypatch.setattr(decision_loop, "act", first_left)
+    toy.ill, toy.norm, toy.branch_values = True, 20.0, torch.zeros(100)
+    monitor = monitor_of(toy, changed(ladder=("shrink_and_perturb", "full_reset"), verify_rounds=1))
+    go(monitor, 1, 260)
+    branches = [event["applied"]["name"] for event in toy.events if event["event"] == "branch"]
+    assert branches == ["shrink_and_perturb", "full_reset"]
+    assert toy.told[-1][0] == "no_cure"
+
+
 def test_after_a_decision_nothing_is_decided_until_the_cooldown_is_over(toy: Toy) -> None:
     toy.ill, toy.norm, toy.branch_values = True, 20.0, torch.zeros(100)
     go(monitor_of(toy), 1, 112)
@@ -228,7 +245,7 @@ def test_probes_and_branches_stay_within_their_share_of_the_planned_updates(toy:
     toy.ill, toy.norm = True, 20.0
     poor = monitor_of(toy, changed(budget=0.01, planned_updates=99))
     go(poor, 1, 300)
-    assert {event for event, _ in toy.told} == {"alarm"} and poor.spent == 0
+    assert {event for event, _ in toy.told} == {"alarm", "unaffordable"} and poor.spent == 0
     toy.events.clear()
     enough_to_look = monitor_of(toy, changed(budget=0.02, planned_updates=1000))
     go(enough_to_look, 1, 20)

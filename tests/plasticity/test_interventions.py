@@ -59,11 +59,14 @@ def with_loss(patient: Patient) -> Patient:
 # Whole tensors
 
 
-def test_a_full_reset_is_the_fresh_network_and_its_target_a_copy() -> None:
+def test_a_full_reset_is_the_fresh_network_and_its_target_a_copy_buffers_included() -> None:
     patient = bare_patient(target=True)
+    assert patient.target is not None
+    for module, scale in ((patient.module, 1.0), (patient.target, 2.0)):
+        module.register_buffer("scale", torch.tensor(scale))
     train(patient, 3)
     full_reset(patient, 7)
-    assert patient.target is not None
+    assert patient.target.get_buffer("scale") == 1
     for name, value in weights(mlp(7)).items():
         assert torch.equal(weights(patient.module)[name], value)
         assert torch.equal(weights(patient.target)[name], value)
@@ -247,6 +250,8 @@ def test_continual_backprop_keeps_account_as_a_plain_loop_does() -> None:
                 utility[layer][i], age[layer][i] = 0.0, 0
             expected.append(sorted(chosen))
         applied = method.step(patient, key=3)
+        for name, mine in (("1", utility[0]), ("3", utility[1])):
+            assert method.state_dict()[f"utility.{name}"].tolist() == pytest.approx(mine, rel=1e-4), step
         assert (applied is None) == (not any(expected)), step
         if applied is not None:
             found = [applied.units[name].nonzero().flatten().tolist() for name in ("1", "3")]

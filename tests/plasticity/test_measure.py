@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rlplastic.agents.flashsac.networks import Actor, Critic
+from rlplastic.agents.heads import Categorical
 from rlplastic.agents.layers import NormBounds
 from rlplastic.errors import ConfigurationError
 from rlplastic.plasticity import (
@@ -48,7 +49,7 @@ def plain(net: nn.Module) -> Subject:
 
 def critic_subject() -> tuple[Subject, tuple[Tensor, Tensor]]:
     torch.manual_seed(0)
-    critic = Critic(3, 2, 8, 1, 5, 1.0, 2)
+    critic = Critic(3, 2, 8, 1, Categorical(5, 1.0), 2)
     NormBounds(critic).project()
     batch = normal(ROWS, 3), normal(ROWS, 2, seed=2)
     critic(*batch, True)
@@ -72,7 +73,7 @@ def critic_subject() -> tuple[Subject, tuple[Tensor, Tensor]]:
         members=2,
         profile=BOUNDED,
         loss=lambda batch: -F.log_softmax(logits(batch), -1)[..., 2].mean(),
-        output=lambda batch: critic.head.expected(logits(batch)).mean(),
+        output=lambda batch: critic.values.expected(logits(batch)).mean(),
         logits=logits,
     )
     return subject, batch

@@ -104,6 +104,12 @@ def test_the_slowest_member_decides_and_nan_counts_as_ill() -> None:
     assert is_ill(probed(0.7, math.nan), RULES)
 
 
+def test_the_ratio_of_two_small_areas_is_no_illness() -> None:
+    """As FlashSAC's critic measured, which must be left alone, and plain SAC's, which was ill."""
+    assert not is_ill(Probe((2.2,), (0.117,), (0.053,), (0, 1, 1, 1), 2), RULES)
+    assert is_ill(Probe((2.3,), (0.275,), (0.12,), (0, 1, 1, 1), 2), RULES)
+
+
 def test_a_dead_critic_is_ill_and_a_fresh_one_is_not() -> None:
     found = probe({"healthy": patient_of(), "ill": patient_of(dead=True)}, 1, RULES)
     assert found["healthy"].worst < 1.2
@@ -127,6 +133,12 @@ def test_the_first_intervention_that_suffices_is_chosen_and_the_patient_is_not_t
     assert attempts[2].ratio is not None and attempts[2].ratio <= rules.healthy
     assert cost == 2 * 60, "one copy and one fresh network on one function"
     assert all(torch.equal(value, before[name]) for name, value in patient.module.state_dict().items())
+
+
+def test_what_was_dropped_before_is_passed_over() -> None:
+    rules = Rules(probe_steps=60, probe_functions=1, ladder=("last_layer_reset", "full_reset"))
+    chosen, attempts, _ = act(patient_of(dead=True), probed(9.0), 7, rules, ["last_layer_reset"])
+    assert chosen == "full_reset" and attempts[0].remark == "its branch was dropped before"
 
 
 def test_nothing_is_chosen_where_nothing_suffices() -> None:

@@ -9,25 +9,30 @@ from dataclasses import replace
 import pytest
 import torch
 from batches import random_batch
-from patient_networks import ACTIONS, DIMS, KINDS, ROWS, agent_of, bare_patient, mlp, normal, patient_of
+from patient_networks import ACTIONS, DIMS, FLOW, KINDS, ROWS, agent_of, bare_patient, mlp, normal, patient_of
 from torch import nn
 
 from rlplastic import seeding
 from rlplastic.agents.flashsac import networks as flashsac
+from rlplastic.agents.flow import FlowCritic
+from rlplastic.agents.heads import Categorical, Scalar
 from rlplastic.agents.layers import NormBounds
 from rlplastic.agents.patients import patients
 from rlplastic.agents.sac import networks as sac
+from rlplastic.agents.steps import CriticNoise
 from rlplastic.agents.subjects import inputs_of
 from rlplastic.errors import ConfigurationError
 from rlplastic.plasticity.patient import Hidden, Patient, copy_of, hidden_layers, keyed, reestimate, restore, snapshot
 
 CONSTRUCTIONS: dict[tuple[str, str], Callable[[], nn.Module]] = {
     ("flashsac", "actor"): lambda: flashsac.Actor(4, ACTIONS, 8, 2),
-    ("flashsac", "critic"): lambda: flashsac.Critic(6, ACTIONS, 8, 2, 11, 5.0, 2),
+    ("flashsac", "critic"): lambda: flashsac.Critic(6, ACTIONS, 8, 2, Categorical(11, 5.0), 2),
     ("sac", "actor"): lambda: sac.Actor(4, ACTIONS, 8, 2),
-    ("sac", "critic"): lambda: sac.Critic(6, ACTIONS, 8, 2, 2),
+    ("sac", "critic"): lambda: sac.Critic(6, ACTIONS, 8, 2, Scalar(), 2),
     ("sac_layer_norm", "actor"): lambda: sac.Actor(4, ACTIONS, 8, 2, True),
-    ("sac_layer_norm", "critic"): lambda: sac.Critic(6, ACTIONS, 8, 2, 2, True),
+    ("sac_layer_norm", "critic"): lambda: sac.Critic(6, ACTIONS, 8, 2, Scalar(), 2, True),
+    ("flashsac_flow", "critic"): lambda: flashsac.make_critic(6, ACTIONS, 8, 2, FLOW),
+    ("sac_flow", "critic"): lambda: sac.make_critic(6, ACTIONS, 8, 2, FLOW),
 }
 """The networks as the agents make them."""
 
@@ -66,7 +71,8 @@ def test_hidden_units_are_where_they_are_said_to_be(kind: str, network: str) -> 
         for layer in patient.hidden:
             for name in layer.incoming:
                 # A norm mixes a layer's units: there only gain and bias are the unit's alone.
-                if kind != "sac_layer_norm" or ("weight" not in name and name not in ("trunk.0.bias", "trunk.3.bias")):
+                normed = kind in ("sac_layer_norm", "flashsac_flow")
+                if not normed or ("weight" not in name and name not in ("trunk.0.bias", "trunk.3.bias")):
                     named[name].select(patient.lead, 3).fill_(0.7)
         after = patient.outputs(patient.module, patient.states, False)
     assert torch.equal(before, after)
@@ -90,7 +96,7 @@ def test_a_fresh_network_is_as_the_agents_own_was(kind: str, network: str) -> No
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeding.key("fresh", 0, network, 1))
         expected = CONSTRUCTIONS[kind, network]()
-    if kind == "flashsac":
+    if kind.startswith("flashsac"):
         NormBounds(expected).project()
     assert all(torch.equal(v, again.state_dict()[n]) for n, v in expected.state_dict().items())
     assert all(parameter.requires_grad for parameter in fresh.parameters())
@@ -110,10 +116,13 @@ def test_a_loss_is_that_of_the_agent_and_leaves_everything_as_it_was(kind: str, 
     assert all(torch.equal(value, before[name]) for name, value in agent.state_dict().items())
     # The agent's own update with the same noise tells the same loss.
     inputs = inputs_of(agent, random_batch(DIMS, ACTIONS, 64, 7, 0.8))
-    noise = torch.zeros(64 * agent.ACTOR_ROWS, ACTIONS), torch.zeros(64, ACTIONS)
+    noise: CriticNoise = torch.zeros(64, ACTIONS)
+    if isinstance(agent.learner.critic, FlowCritic):
+        of_flow = agent.learner.critic.noise(64, ACTIONS, seeding.generator("cpu", 0, "noise of measurements", 0))
+        noise = of_flow._replace(action=torch.zeros_like(of_flow.action))
     agent.updates = 4  # both networks are due
-    metrics = agent.move(inputs, *noise, 0.0)
-    if (kind == "flashsac") == (network == "actor"):  # what moves first
+    metrics = agent.move(inputs, torch.zeros(64 * agent.ACTOR_ROWS, ACTIONS), noise, 0.0)
+    if kind.startswith("flashsac") == (network == "actor"):  # what moves first
         assert value == pytest.approx(float(metrics[f"loss/{network}"]), rel=1e-5)
 
 

@@ -12,6 +12,7 @@ import torch
 from patient_networks import KINDS, agent_of, bare_patient, mlp, normal, patient_of
 from torch import nn
 
+from rlplastic.agents.heads import Scalar
 from rlplastic.agents.layers import NormBounds
 from rlplastic.agents.patients import patients
 from rlplastic.agents.sac import SAC
@@ -119,7 +120,7 @@ def test_probing_leaves_no_trace(agent: str, network: str) -> None:
 
 def critics(first: int, second: int) -> Critic:
     """Two members, each the network of its own key."""
-    critic = Critic(3, 0, 16, 2, 2)
+    critic = Critic(3, 0, 16, 2, Scalar(), 2)
     singles = [mlp(first), mlp(second)]
     with torch.no_grad():
         for name, parameter in critic.named_parameters():

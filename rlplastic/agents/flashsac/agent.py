@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,14 +18,17 @@ from rlplastic.agents import steps
 from rlplastic.agents.adam import Adam
 from rlplastic.agents.flashsac import update
 from rlplastic.agents.flashsac.exploration import HeldNoise
-from rlplastic.agents.flashsac.networks import Actor, Critic
+from rlplastic.agents.flashsac.networks import Actor, Critic, make_critic
+from rlplastic.agents.flow import FlowCritic
 from rlplastic.agents.layers import NormBounds
 from rlplastic.agents.pooling import reduction
 from rlplastic.agents.reward_scaling import RewardScaler
 from rlplastic.agents.soft_actor_critic import SoftActorCritic
-from rlplastic.config import CategoricalCriticConfig, FlashSACConfig
+from rlplastic.config import CriticConfig, FlashSACConfig
 from rlplastic.distributed import ALONE, Group, Reduce
-from rlplastic.kernels.categorical import categorical_target, categorical_target_triton
+
+SUPPORT = 5.0
+"""Rewards are scaled so that returns stay within +-5, also where the critic's values have no bounds (published)."""
 
 
 class FlashSAC(SoftActorCritic[update.Learner]):
@@ -55,7 +59,7 @@ class FlashSAC(SoftActorCritic[update.Learner]):
         action_dim: int,
         num_envs: int,
         agent: FlashSACConfig,
-        critic: CategoricalCriticConfig,
+        critic: CriticConfig,
         *,
         seed: int = 0,
         planned_updates: int | None = None,
@@ -71,15 +75,10 @@ class FlashSAC(SoftActorCritic[update.Learner]):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeding.key("networks", seed))
             actor = Actor(observation_dims["policy"], action_dim, agent.actor_width, agent.num_blocks)
-            value = Critic(
-                observation_dims[critic_group],
-                action_dim,
-                agent.critic_width,
-                agent.num_blocks,
-                critic.num_atoms,
-                critic.support,
-                critic.num_members,
+            value = make_critic(
+                observation_dims[critic_group], action_dim, agent.critic_width, agent.num_blocks, critic, kernels
             )
+        support = value.support if value.support < math.inf else SUPPORT
         super().__init__(
             _learner(
                 actor.to(device),
@@ -92,7 +91,7 @@ class FlashSAC(SoftActorCritic[update.Learner]):
                 partial(reduction, group, bn_sync),
             ),
             agent,
-            RewardScaler(num_envs, agent.gamma, critic.support, agent.reward_scaling, group),
+            RewardScaler(num_envs, agent.gamma, support, bool(agent.reward_scaling), group),
             action_dim=action_dim,
             critic_group=critic_group,
             seed=seed,
@@ -107,7 +106,7 @@ class FlashSAC(SoftActorCritic[update.Learner]):
         return self._noise.at(step, active)
 
     def move(
-        self, inputs: steps.Inputs, actor_noise: Tensor | None, target_noise: Tensor, budget_used: float
+        self, inputs: steps.Inputs, actor_noise: Tensor | None, critic_noise: steps.CriticNoise, budget_used: float
     ) -> dict[str, Tensor]:
         """Actor and temperature when they are due, then critic and target; the actor's noise is (2B, A)."""
         learner = self.learner
@@ -117,7 +116,7 @@ class FlashSAC(SoftActorCritic[update.Learner]):
             metrics |= update.actor_step(learner, inputs, actor_noise, rate)
             metrics |= steps.temperature_step(learner, metrics["policy/entropy"], rate)
         rate = self.learning_rate(self.updates, budget_used)
-        return metrics | update.critic_step(learner, inputs, target_noise, rate)
+        return metrics | update.critic_step(learner, inputs, critic_noise, rate)
 
     def norms(self) -> dict[str, Tensor]:
         """How far each bounded norm is from its bound, by network (0 up to rounding)."""
@@ -142,7 +141,7 @@ class FlashSAC(SoftActorCritic[update.Learner]):
 
 def _learner(
     actor: Actor,
-    critic: Critic,
+    critic: Critic | FlowCritic,
     action_dim: int,
     agent: FlashSACConfig,
     bf16: bool,
@@ -166,8 +165,7 @@ def _learner(
         actor_bounds=actor_bounds,
         critic_bounds=critic_bounds,
         actor_loss=compile(update.actor_loss),
-        critic_loss=compile(update.critic_loss),
-        project=categorical_target_triton if kernels == "triton" else categorical_target,
+        critic_loss=compile(update.flow_critic_loss if isinstance(critic, FlowCritic) else update.critic_loss),
         target_entropy=update.target_entropy(action_dim, agent.target_std),
         target_rate=agent.target_rate,
         backup_entropy=agent.backup_entropy,

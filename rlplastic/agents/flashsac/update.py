@@ -1,6 +1,6 @@
 """One FlashSAC update, in the paper's order (arXiv 2604.04539): actor, temperature, critic, target.
 
-The three losses are pure functions of networks, batch and noise; everything random comes in as an argument, so that an
+The losses are pure functions of networks, batch and noise; everything random comes in as an argument, so that an
 update can be replayed against a recording, compiled from outside, and repeated bit for bit after a resume. The steps
 around them move parameters. No function here synchronises with the host: metrics stay tensors.
 
@@ -21,35 +21,31 @@ rollout, evaluation, export            actor            running
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rlplastic.agents import steps
 from rlplastic.agents.flashsac.networks import Actor, Critic
+from rlplastic.agents.flow import FlowCritic, FlowNoise
 from rlplastic.agents.heads import squashed_sample
 from rlplastic.agents.layers import NormBounds
 from rlplastic.agents.steps import Inputs, Metrics
-from rlplastic.kernels.categorical import categorical_target
 
 
 @dataclass
 class Learner(steps.Learner):
-    """Also what bounds norms, what projects targets, and the precision of products."""
+    """Also what bounds norms, and the precision of products."""
 
     actor_bounds: NormBounds
     critic_bounds: NormBounds
-    project: Callable[..., tuple[Tensor, Tensor]]
-    """`categorical_target`, or the kernel that equals it."""
     bf16: bool
     """Round the inputs and outputs of the trunks' products to bfloat16 in the losses; acting is always float32."""
 
 
 def actor_loss(
-    actor: Actor, critic: Critic, alpha: Tensor, inputs: Inputs, noise: Tensor, bf16: bool = False
+    actor: Actor, critic: Critic | FlowCritic, alpha: Tensor, inputs: Inputs, noise: Tensor, bf16: bool = False
 ) -> tuple[Tensor, Metrics]:
     """E[alpha log pi(a|s) - min Q(s, a)]; noise is (2B, A) for the joint forward on [s; s'].
 
@@ -59,8 +55,7 @@ def actor_loss(
     mean, log_std = actor(torch.cat((inputs.observation, inputs.next_observation)), True, bf16)
     actions, log_probs = squashed_sample(mean, log_std, noise)
     action, log_prob = actions[:rows], log_probs[:rows]
-    logits = critic(inputs.critic_observation, action, False, bf16)
-    value = critic.head.expected(logits).amin(0)
+    value = critic.value(inputs.critic_observation, action, False, bf16)
     return steps.policy_loss(alpha, action, log_prob, log_std[:rows], value)
 
 
@@ -73,36 +68,63 @@ def critic_loss(
     noise: Tensor,
     backup_entropy: bool = True,
     bf16: bool = False,
-    project: Callable[..., tuple[Tensor, Tensor]] = categorical_target,
 ) -> tuple[Tensor, Metrics]:
     """Cross-entropy of every member's prediction against the projected target; noise is (B, A) for a' ~ pi(s').
 
-    With weights the metrics also hold ``td_error`` (B,), the members' mean |target - Q|, for new priorities.
+    Scalar critics: the squared error instead.
 
     Both critics see [s; s'] with [a; a'] in one forward pass, so that their batch statistics cover both halves.
     """
     rows = inputs.observation.shape[0]
     observations = torch.cat((inputs.critic_observation, inputs.next_critic_observation))
-    atoms, support = critic.head.atoms, critic.head.support
     with torch.no_grad():
         mean, log_std = actor(inputs.next_observation, False, bf16)
         next_action, next_log_prob = squashed_sample(mean, log_std, noise)
         actions = torch.cat((inputs.action, next_action))
-        next_logits = target_critic(observations, actions, True, bf16)[:, rows:]
+        next_outputs = target_critic(observations, actions, True, bf16)[:, rows:]
         bonus = -alpha * next_log_prob if backup_entropy else torch.zeros_like(next_log_prob)
-        target, target_mean = project(next_logits, inputs.reward, inputs.discount, bonus, atoms, support)
-    logits = critic(observations, actions, True, bf16)[:, :rows]
-    losses = -(target * F.log_softmax(logits, -1)).sum(-1)
-    loss = (losses if inputs.weight is None else losses * inputs.weight).mean()
-    metrics = {
-        "loss/critic": loss.detach(),
-        "value/target_mean": target_mean.mean(),
-        "value/target_clipped": (target_mean.abs() > support).float().mean(),
-        "value/max_entropy_term": (-bonus).max(),
-    }
-    if inputs.weight is not None:
-        metrics["td_error"] = (target_mean - critic.head.expected(logits.detach())).abs().mean(0)
-    return loss, metrics
+        target, target_mean = target_critic.values.target(next_outputs, inputs.reward, inputs.discount, bonus)
+    outputs = critic(observations, actions, True, bf16)[:, :rows]
+    losses, predicted = critic.values.losses(outputs, target), critic.values.expected(outputs.detach())
+    return steps.value_loss(losses, target_mean, predicted, bonus, critic.support, inputs.weight)
+
+
+def flow_critic_loss(
+    actor: Actor,
+    critic: FlowCritic,
+    target_critic: FlowCritic,
+    alpha: Tensor,
+    inputs: Inputs,
+    noise: FlowNoise,
+    backup_entropy: bool = True,
+    bf16: bool = False,
+) -> tuple[Tensor, Metrics]:
+    """Squared error of the velocities, and of the distilled critics against where these lead (arXiv 2509.06863).
+
+    All fields see [s; s' for each noise] with [a; a'] in one forward pass, as above. The distilled critics see one of
+    the noises' a', so that both halves of their statistics are of one size.
+    """
+    rows, noises = len(inputs.reward), len(noise.action)
+    here, there = slice(0, rows), slice(rows, None)
+    observations = torch.cat((inputs.critic_observation, inputs.next_critic_observation.repeat(noises, 1)))
+    with torch.no_grad():
+        mean, log_std = actor(inputs.next_observation, False, bf16)
+        next_action, next_log_prob = squashed_sample(mean, log_std, noise.action)
+        actions = torch.cat((inputs.action, next_action.flatten(0, 1)))
+        next_field = target_critic.field.given(observations, actions, True, bf16, there, noises)
+        endpoints = target_critic.trajectory(next_field, noise.target)[-1]
+        bonus = -alpha * next_log_prob if backup_entropy else torch.zeros_like(next_log_prob)
+        target, target_mean = target_critic.target(endpoints, inputs.reward, inputs.discount, bonus)
+    field = critic.field.given(observations, actions, True, bf16, here)
+    losses = critic.losses(field, noise.source, noise.time, target)
+    with torch.no_grad():
+        read = critic.trajectory(field, noise.reading)[-1].mean(1)
+    if critic.distilled is None:
+        return steps.value_loss(losses, target_mean, read, bonus, critic.support, inputs.weight)
+    distilled = critic.distilled(observations[: 2 * rows], actions[: 2 * rows], True, bf16)[:, here]
+    distances = (distilled - read).square()
+    loss, metrics = steps.value_loss(losses + distances, target_mean, read, bonus, critic.support, inputs.weight)
+    return loss, metrics | {"loss/distilled": distances.detach().mean()}
 
 
 def target_entropy(action_dim: int, std: float) -> float:
@@ -117,9 +139,9 @@ def actor_step(learner: Learner, inputs: Inputs, noise: Tensor, rate: float) -> 
     return metrics
 
 
-def critic_step(learner: Learner, inputs: Inputs, noise: Tensor, rate: float) -> Metrics:
-    """Move the critic towards the projected target, re-project it, and let the target critic follow."""
-    metrics = steps.critic_step(learner, inputs, noise, rate, learner.bf16, learner.project)
+def critic_step(learner: Learner, inputs: Inputs, noise: steps.CriticNoise, rate: float) -> Metrics:
+    """Move the critic towards its target, re-project it, and let the target critic follow."""
+    metrics = steps.critic_step(learner, inputs, noise, rate, learner.bf16)
     learner.critic_bounds.project()
     steps.follow(learner.target_critic, learner.critic, learner.target_rate)
     return metrics

@@ -16,12 +16,13 @@ from rlplastic import seeding
 from rlplastic.agents import steps
 from rlplastic.agents.adam import Adam
 from rlplastic.agents.exploration import gaussian_noise
+from rlplastic.agents.flow import FlowCritic
 from rlplastic.agents.pooling import reduction
 from rlplastic.agents.reward_scaling import RewardScaler
 from rlplastic.agents.sac import update
-from rlplastic.agents.sac.networks import Actor, Critic
+from rlplastic.agents.sac.networks import Actor, Critic, make_critic
 from rlplastic.agents.soft_actor_critic import SoftActorCritic
-from rlplastic.config import SACConfig, ScalarCriticConfig
+from rlplastic.config import CriticConfig, SACConfig
 from rlplastic.distributed import ALONE, Group, Reduce
 
 
@@ -33,7 +34,7 @@ class SAC(SoftActorCritic[steps.Learner]):
         action_dim: action dimensions.
         num_envs: environments that feed it (reward statistics are per environment).
         agent: hyper-parameters; widths and gamma must be set.
-        critic: how many critics.
+        critic: the value representation.
         seed: everything random is a function of it and of step counts.
         planned_updates: see `rlplastic.agents.soft_actor_critic.SoftActorCritic`; nothing without a final rate.
         device: where the networks live.
@@ -48,7 +49,7 @@ class SAC(SoftActorCritic[steps.Learner]):
         action_dim: int,
         num_envs: int,
         agent: SACConfig,
-        critic: ScalarCriticConfig,
+        critic: CriticConfig,
         *,
         seed: int = 0,
         planned_updates: int | None = None,
@@ -64,12 +65,12 @@ class SAC(SoftActorCritic[steps.Learner]):
             actor = Actor(
                 observation_dims["policy"], action_dim, agent.actor_width, agent.actor_depth, agent.layer_norm
             )
-            value = Critic(
+            value = make_critic(
                 observation_dims[critic_group],
                 action_dim,
                 agent.critic_width,
                 agent.critic_depth,
-                critic.num_members,
+                critic,
                 agent.layer_norm,
             )
         super().__init__(
@@ -78,7 +79,7 @@ class SAC(SoftActorCritic[steps.Learner]):
             ),
             agent,
             # Scalar critics have no support that returns must stay within: only the deviation divides.
-            RewardScaler(num_envs, agent.gamma, float("inf"), agent.reward_scaling, group),
+            RewardScaler(num_envs, agent.gamma, value.support, bool(agent.reward_scaling), group),
             action_dim=action_dim,
             critic_group=critic_group,
             seed=seed,
@@ -92,11 +93,11 @@ class SAC(SoftActorCritic[steps.Learner]):
         return gaussian_noise(len(active), self.action_dim, self.seed, step, self.group.rank)
 
     def move(
-        self, inputs: steps.Inputs, actor_noise: Tensor | None, target_noise: Tensor, budget_used: float
+        self, inputs: steps.Inputs, actor_noise: Tensor | None, critic_noise: steps.CriticNoise, budget_used: float
     ) -> dict[str, Tensor]:
         """Critics, then actor and temperature when they are due, then target; all noise is (B, A)."""
         learner = self.learner
-        metrics = steps.critic_step(learner, inputs, target_noise, self.learning_rate(self.updates, budget_used))
+        metrics = steps.critic_step(learner, inputs, critic_noise, self.learning_rate(self.updates, budget_used))
         if actor_noise is not None:
             rate = self.learning_rate(self.updates // self.config.actor_every, budget_used)
             metrics |= steps.actor_step(learner, inputs, actor_noise, rate)
@@ -107,7 +108,7 @@ class SAC(SoftActorCritic[steps.Learner]):
 
 def _learner(
     actor: Actor,
-    critic: Critic,
+    critic: Critic | FlowCritic,
     action_dim: int,
     agent: SACConfig,
     compile: Callable[[Any], Any],
@@ -124,7 +125,7 @@ def _learner(
         critic_optimizer=Adam(critic.parameters(), agent.weight_decay, reduce_with(critic, target_critic)),
         temperature_optimizer=Adam([log_alpha]),
         actor_loss=compile(update.actor_loss),
-        critic_loss=compile(update.critic_loss),
+        critic_loss=compile(update.flow_critic_loss if isinstance(critic, FlowCritic) else update.critic_loss),
         target_entropy=-float(action_dim),
         target_rate=agent.target_rate,
         backup_entropy=agent.backup_entropy,

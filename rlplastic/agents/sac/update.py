@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlplastic.agents import steps
+from rlplastic.agents.flow import FlowCritic, FlowNoise
 from rlplastic.agents.heads import squashed_sample
 from rlplastic.agents.sac.networks import Actor, Critic
 from rlplastic.agents.steps import Inputs, Metrics
@@ -26,34 +27,55 @@ def critic_loss(
 ) -> tuple[Tensor, Metrics]:
     """Mean over members and rows of (Q(s, a) - y)^2, y = r + discount (min Q'(s', a') - alpha log pi(a'|s')).
 
-    Noise is (B, A) for a' ~ pi(s'). With weights each row's squares are multiplied by its weight, and the metrics also
-    hold ``td_error`` (B,), the members' mean |y - Q|, for new priorities.
+    Noise is (B, A) for a' ~ pi(s'). Categorical critics: the cross-entropy with the projected target instead.
     """
     with torch.no_grad():
         mean, log_std = actor(inputs.next_observation)
         next_action, next_log_prob = squashed_sample(mean, log_std, noise)
-        next_value = target_critic(inputs.next_critic_observation, next_action).amin(0)
+        next_outputs = target_critic(inputs.next_critic_observation, next_action)
         bonus = -alpha * next_log_prob if backup_entropy else torch.zeros_like(next_log_prob)
-        target = inputs.reward + inputs.discount * (next_value + bonus)
-    error = critic(inputs.critic_observation, inputs.action) - target
-    squares = error.square()
-    loss = (squares if inputs.weight is None else squares * inputs.weight).mean()
-    metrics = {
-        "loss/critic": loss.detach(),
-        "value/target_mean": target.mean(),
-        "value/max_entropy_term": (-bonus).max(),
-    }
-    if inputs.weight is not None:
-        metrics["td_error"] = error.detach().abs().mean(0)
-    return loss, metrics
+        target, target_mean = target_critic.values.target(next_outputs, inputs.reward, inputs.discount, bonus)
+    outputs = critic(inputs.critic_observation, inputs.action)
+    losses, predicted = critic.values.losses(outputs, target), critic.values.expected(outputs.detach())
+    return steps.value_loss(losses, target_mean, predicted, bonus, critic.support, inputs.weight)
 
 
-def actor_loss(actor: Actor, critic: Critic, alpha: Tensor, inputs: Inputs, noise: Tensor) -> tuple[Tensor, Metrics]:
+def flow_critic_loss(
+    actor: Actor,
+    critic: FlowCritic,
+    target_critic: FlowCritic,
+    alpha: Tensor,
+    inputs: Inputs,
+    noise: FlowNoise,
+    backup_entropy: bool = True,
+) -> tuple[Tensor, Metrics]:
+    """Squared error of the velocities, and of the distilled critics against where these lead (arXiv 2509.06863)."""
+    with torch.no_grad():
+        mean, log_std = actor(inputs.next_observation)
+        next_action, next_log_prob = squashed_sample(mean, log_std, noise.action)
+        next_field = target_critic.field.given(inputs.next_critic_observation, next_action)
+        endpoints = target_critic.trajectory(next_field, noise.target)[-1]
+        bonus = -alpha * next_log_prob if backup_entropy else torch.zeros_like(next_log_prob)
+        target, target_mean = target_critic.target(endpoints, inputs.reward, inputs.discount, bonus)
+    field = critic.field.given(inputs.critic_observation, inputs.action)
+    losses = critic.losses(field, noise.source, noise.time, target)
+    with torch.no_grad():
+        read = critic.trajectory(field, noise.reading)[-1].mean(1)
+    if critic.distilled is None:
+        return steps.value_loss(losses, target_mean, read, bonus, critic.support, inputs.weight)
+    distances = (critic.distilled(inputs.critic_observation, inputs.action) - read).square()
+    loss, metrics = steps.value_loss(losses + distances, target_mean, read, bonus, critic.support, inputs.weight)
+    return loss, metrics | {"loss/distilled": distances.detach().mean()}
+
+
+def actor_loss(
+    actor: Actor, critic: Critic | FlowCritic, alpha: Tensor, inputs: Inputs, noise: Tensor
+) -> tuple[Tensor, Metrics]:
     """E[alpha log pi(a|s) - min Q(s, a)]; noise is (B, A).
 
     The critic's parameters must not require gradients while this runs.
     """
     mean, log_std = actor(inputs.observation)
     action, log_prob = squashed_sample(mean, log_std, noise)
-    value = critic(inputs.critic_observation, action).amin(0)
+    value = critic.value(inputs.critic_observation, action)
     return steps.policy_loss(alpha, action, log_prob, log_std, value)

@@ -22,7 +22,10 @@ from rlplastic.plasticity.patient import Patient, Snapshot, reestimate, snapshot
 Follow = Literal["entries", "copy", "kept"]
 """What a target does: take over the edited entries, become a copy of the module, or nothing."""
 SCHEDULE = "kept: rates follow the budget, not the age of a weight"
-STATISTICS = "running statistics reset and re-estimated on replay rows; those of observations and rewards kept"
+RE_ESTIMATED = "running statistics re-estimated on replay rows; those of observations and rewards kept"
+KEPT = "those of observations and rewards kept; none of the network's own are concerned"
+WORDS = ("name", "patient", "optimizer", "target", "statistics", "temperature", "schedule", "cooldown", "updates")
+"""What a log tells of an intervention as it is."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +72,7 @@ class Applied:
 
     def evidence(self) -> dict[str, object]:
         """The same as plain numbers and words, for a log."""
-        words = (
-            "name",
-            "patient",
-            "optimizer",
-            "target",
-            "statistics",
-            "temperature",
-            "schedule",
-            "cooldown",
-            "updates",
-        )
-        found: dict[str, object] = {word: getattr(self, word) for word in words}
+        found: dict[str, object] = {word: getattr(self, word) for word in WORDS}
         found["parameters"] = {name: "all" if mask is None else int(mask.sum()) for name, mask in self.touched.items()}
         found["units"] = {name: int(mask.sum()) for name, mask in self.units.items()}
         found["rebase"] = list(self.rebase)
@@ -135,10 +127,11 @@ def treat(
     networks = [patient.module] if patient.target is None else [patient.module, patient.target]
     for network in networks if statistics else []:
         reestimate(patient, network)
-    anew = new_policy and patient.temperature is not None
-    if anew and patient.temperature is not None:
-        log_alpha, optimizer = patient.temperature
-        forget(optimizer, log_alpha)
+    temperature = patient.temperature if new_policy else None
+    if temperature is not None:
+        log_alpha, its_optimizer = temperature
+        forget(its_optimizer, log_alpha)
+    has_statistics = statistics and patient.has_running_statistics
     return Applied(
         name=name,
         patient=patient.name,
@@ -146,14 +139,12 @@ def treat(
         units=dict(units or {}),
         optimizer=_memory_in_words(forgotten),
         target=_target_in_words(patient, edits, target),
-        statistics=STATISTICS
-        if statistics and patient.has_running_statistics
-        else "none of the network's own; those of observations and rewards kept",
-        temperature="alpha kept, its optimizer started anew" if anew else "kept",
+        statistics=RE_ESTIMATED if has_statistics else KEPT,
+        temperature="kept" if temperature is None else "alpha kept, its optimizer started anew",
         schedule=SCHEDULE,
         rebase=tuple(edits),
         cooldown=bool(edits or forgotten or statistics),
-        updates=(units is not None) + (statistics and patient.has_running_statistics),
+        updates=(units is not None) + has_statistics,
         before=before,
     )
 

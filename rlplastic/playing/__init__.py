@@ -1,0 +1,1 @@
+"""Playing an exported policy in a simulator: the loop at a fixed rate, plain MuJoCo, and the sweep of perturbations."""
