@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from rlplastic import errors
 from rlplastic.config import Config
@@ -203,8 +204,13 @@ def joined(device: str, timeout: float) -> Iterator[Group]:
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    limit = timedelta(seconds=timeout)
     with group._waiting():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout))
+        store, rank, _ = next(rendezvous("env://", timeout=limit))
+        # torchrun keeps its store when it restarts ranks, and in it where the dead ones listened.
+        fresh = dist.PrefixStore(f"attempt {restarts()}", store)  # type: ignore[attr-defined]
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, store=fresh, rank=rank, world_size=size, timeout=limit)
     yield group
     dist.destroy_process_group()  # after an error the others may be gone, and waiting for them would hide it
 
@@ -214,9 +220,9 @@ def local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def restarted() -> bool:
-    """Whether `torchrun --max-restarts` started this process in place of one that died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def restarts() -> int:
+    """How often `torchrun --max-restarts` has started all ranks anew after one died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def share_of(config: Config, group: Group) -> Config:

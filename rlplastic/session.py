@@ -171,6 +171,7 @@ class Session:
             seed=self.config.seed,
             role="train",
             rank=self.group.rank,
+            ranks=self.group.size,
             rebuild=self.progress.builds,
             transitions=self.progress.built_after,
         )
@@ -350,7 +351,7 @@ def build(
         importlib.import_module(config.env.backend)  # whose memory must not count as that of environments
     before = resident_bytes()
     config = share_of(config, group)
-    envs = make_envs(config.env, seed=config.seed, role="train", rank=group.rank)
+    envs = make_envs(config.env, seed=config.seed, role="train", rank=group.rank, ranks=group.size)
     try:
         observation = envs.reset()
         each = max(resident_bytes() - before - FIRST_ENVIRONMENT, 0) // envs.num_envs

@@ -20,7 +20,7 @@ from rlplastic.checkpoint import Loaded
 from rlplastic.command_line import flatten, override_key
 from rlplastic.composition import compose
 from rlplastic.config import HANDLING, Config, SACConfig
-from rlplastic.distributed import Group, joined, restarted
+from rlplastic.distributed import Group, joined, restarts
 from rlplastic.errors import ConfigurationError, telling_of_memory
 from rlplastic.evaluation import Evaluation
 from rlplastic.initialisation import initialise
@@ -95,7 +95,7 @@ def train_agent(overrides: Sequence[str] = (), *, quiet: bool = False, spent: fl
 
 def _open(asked: Config, name: str, config: Config, ignore: Sequence[str], group: Group) -> RunDirectory:
     """The run directory on the first rank, and a folder of its own in it on every other; each is locked."""
-    fresh = asked.fresh and not restarted()  # a restart goes on with what the first start began
+    fresh = asked.fresh and not restarts()  # a restart goes on with what the first start began
     whole = partial(RunDirectory.open, asked.runs, name, asdict(config), fresh, ignore)
     mine = partial(RunDirectory.open, Path(asked.runs) / name, f"rank_{group.rank}", asdict(config), False, ignore)
     first = group.attempt(whole, group.rank == 0)

@@ -172,7 +172,9 @@ def test_two_ranks_become_one_and_two_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [["agent=sac"], ["distributed.bn_sync=forward", "distributed.scale_batch=true"]])
+@pytest.mark.parametrize(
+    "options", [["agent=sac"], ["critic=flow"], ["distributed.bn_sync=forward", "distributed.scale_batch=true"]]
+)
 def test_every_agent_and_kind_of_synchronisation_trains(tmp_path: Path, options: list[str]) -> None:
     trained(tmp_path, "env_steps=300", *options)
     assert step_of(tmp_path) == 300
