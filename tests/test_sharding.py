@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -147,12 +148,11 @@ def test_a_damaged_shard_sends_all_ranks_to_the_checkpoint_before(tmp_path: Path
 def test_a_shard_of_an_attempt_that_was_never_committed_is_not_taken(tmp_path: Path) -> None:
     succeed(2, lambda group: save(tmp_path, group, 3))
     succeed(2, lambda group: save(tmp_path, group, 5))
-    other = tmp_path / "other"
+    other, theirs = tmp_path / "other", tmp_path / "rank_1" / "checkpoints" / "step_000000000005"
     succeed(2, lambda group: save(other, group, 4))
-    (other / "rank_1" / "checkpoints" / "step_000000000004").rename(tmp_path / "again")
-    theirs = tmp_path / "rank_1" / "checkpoints" / "step_000000000005"
-    theirs.rename(tmp_path / "aside")
-    (tmp_path / "again").rename(theirs)
+    shutil.copytree(other / "rank_1" / "checkpoints" / "segments", theirs.parent / "segments", dirs_exist_ok=True)
+    shutil.rmtree(theirs)
+    (other / "rank_1" / "checkpoints" / "step_000000000004").rename(theirs)
     assert [found["weight"][0] for found, _ in succeed(2, lambda group: restored(tmp_path, group))] == [3, 3]
 
 

@@ -183,8 +183,9 @@ def test_every_agent_and_kind_of_synchronisation_trains(tmp_path: Path, options:
 @pytest.mark.slow
 def test_interventions_and_an_adaptive_replay_ratio_keep_ranks_identical(tmp_path: Path) -> None:
     """The ranks compare their networks at every log; every network counts as ill, and every branch as good enough."""
-    treating = ["monitor.probe_steps=5", "monitor.budget=100", "monitor.ill=0.001", "monitor.healthy=1000"]
-    treating += ["monitor.value_margin=1000", "monitor.rank_margin=2", "monitor.verify_updates=10"]
+    treating = ["monitor.probe_steps=5", "monitor.budget=100", "monitor.ill=0.001", "monitor.ill_gap=-2"]
+    treating += ["monitor.healthy=1000", "monitor.value_margin=1000", "monitor.rank_margin=2"]
+    treating += ["monitor.verify_updates=10"]
     pacing = ["replay_ratio=adaptive", "adaptive.window=100", "replay.holdout=0.3"]
     trained(tmp_path, "monitor=full", *treating, *pacing)
     lines = (tmp_path / "run" / "plasticity.jsonl").read_text().splitlines()
