@@ -85,6 +85,8 @@ class Loaded:
     segment_references: tuple[SegmentReference, ...]
     library: str
     """Version of rlplastic that wrote it."""
+    redealt: bool = False
+    """Put together from the shards of another number of ranks: see `rlplastic.sharding`."""
 
     def tensors(self, group: str) -> dict[str, Tensor]:
         """The tensors of one group, on the CPU, bit for bit as saved.
@@ -122,7 +124,7 @@ class CheckpointStore:
         self.keep = keep
         self.warn = warn
         self.skipped: list[str] = []
-        """One sentence for each damaged checkpoint that the last `newest` passed over."""
+        """One sentence for each damaged checkpoint that the last `good` or `newest` passed over."""
         self._damaged: set[Path] = set()
 
     def save(
@@ -133,6 +135,7 @@ class CheckpointStore:
         new_segments: Sequence[Mapping[str, Tensor]] = (),
         kept_segments: Sequence[SegmentReference] = (),
         check_finite: Collection[str] = (),
+        rotate: bool = True,
     ) -> Checkpoint:
         """Write a checkpoint, make it visible at once, then rotate.
 
@@ -146,6 +149,7 @@ class CheckpointStore:
             new_segments: tensors that later checkpoints will share.
             kept_segments: segments of earlier checkpoints, from `Checkpoint.segments` or `Loaded.segment_references`.
             check_finite: groups whose floating tensors must be finite.
+            rotate: remove what it made superfluous; False leaves that to `rotate`.
 
         Raises:
             NonFiniteError: a checked tensor or a document holds NaN or infinity; nothing was written.
@@ -178,7 +182,8 @@ class CheckpointStore:
             ) from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-        self._rotate(final)
+        if rotate:
+            self.rotate(checkpoint)
         return checkpoint
 
     def newest(self, segments: bool = True) -> Loaded | None:
@@ -190,21 +195,33 @@ class CheckpointStore:
         Raises:
             CheckpointError: checkpoints exist but all are damaged (each is named), or one has another format version.
         """
+        for loaded in self.good(segments):
+            return loaded
+        self.require_one()
+        return None
+
+    def good(self, segments: bool = True) -> Iterator[Loaded]:
+        """All checkpoints that `newest` chooses from, verified one by one, newest first; arguments as there."""
         self.skipped = []
-        candidates = self._candidates()
-        for path in candidates:
+        for path in self._candidates():
             try:
-                return self.load(path, segments)
+                yield self.load(path, segments)
             except DamagedCheckpointError as error:
-                self._damaged.add(path)
-                self.skipped.append(str(error))
-                self.warn(f"skipped a damaged checkpoint: {error}")
-        if candidates:
+                self.skip(path, error)
+
+    def skip(self, path: Path, error: DamagedCheckpointError) -> None:
+        """Pass over a checkpoint that turned out to be damaged, and count it no more among those to keep."""
+        self._damaged.add(path)
+        self.skipped.append(str(error))
+        self.warn(f"skipped a damaged checkpoint: {error}")
+
+    def require_one(self) -> None:
+        """Raise CheckpointError if the last `good` found checkpoints and passed over them all."""
+        if self.skipped:
             raise CheckpointError(
                 f"no checkpoint in {self.directory} is good ({'; '.join(self.skipped)}); "
                 "restore one from a copy, or train anew (fresh=true)"
             )
-        return None
 
     @staticmethod
     def load(path: Path, segments: bool = True) -> Loaded:
@@ -322,11 +339,12 @@ class CheckpointStore:
                 target.unlink(missing_ok=True)
             raise
 
-    def _rotate(self, final: Path) -> None:
+    def rotate(self, newest: Checkpoint) -> None:
         """Remove what the new checkpoint made superfluous; a failure leaves waste, never a damaged checkpoint.
 
         A damaged later step does not count among the kept ones: it would push out the good checkpoint it lost to.
         """
+        final = newest.path
         self._damaged.discard(final)
         try:
             candidates = self._candidates()

@@ -140,6 +140,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return body
 
 
+def fingerprint(path: Path) -> str:
+    """SHA-256 of the manifest of the checkpoint directory ``path``, and so of all that it lists; raises as above."""
+    return hashlib.sha256(render_manifest(read_manifest(path))).hexdigest()
+
+
 def library_version() -> str:
     """The installed version of rlplastic, for the manifest."""
     try:

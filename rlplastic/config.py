@@ -12,9 +12,9 @@ from typing import Any
 
 HANDLING = (
     *("name", "runs", "fresh", "resume", "accept_machine"),
-    *("evaluation", "checkpoint", "tracking", "profile"),
+    *("evaluation", "checkpoint", "tracking", "profile", "distributed"),
 )
-"""Settings, or sections, that say how a run is named, kept and watched, and not what it is."""
+"""Settings, or sections, that say how a run is named, kept, watched and spread, and not what it is."""
 
 
 @dataclass
@@ -315,6 +315,20 @@ class TrackingConfig:
 
 
 @dataclass
+class DistributedConfig:
+    """Several ranks under `torchrun`; without it nothing here is read."""
+
+    scale_batch: bool = False
+    """Every rank draws `replay.batch_size` rows, so that an update sees that many times the number of ranks; False: the
+    ranks share them, and learning curves stay those of one rank."""
+    bn_sync: str = "running"
+    """What batch norms see of the other ranks: `running`, in their running statistics only; `forward`, in every
+    normalisation too, as if one rank had the whole batch, at four more messages per layer."""
+    timeout: float = 600.0
+    """Seconds that a rank waits for the others before all end; longer than an evaluation takes."""
+
+
+@dataclass
 class MonitorConfig:
     """The plasticity monitor (docs/plasticity.md).
 
@@ -395,6 +409,7 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     preset: PresetConfig = field(default_factory=PresetConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     seed: int = 0
     """Everything random follows from it."""
     replay_ratio: int | float | str | None = None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rlplastic import seeding
-from rlplastic.agents import make_agent, subjects
+from rlplastic.agents import COLUMNS, make_agent, subjects
 from rlplastic.agents.flashsac import FlashSAC
 from rlplastic.agents.patients import patients
 from rlplastic.agents.sac import SAC
@@ -35,6 +35,7 @@ from rlplastic.plasticity.patient import Patient, States, reestimate
 from rlplastic.plasticity.probe import ROWS, Probe, probe
 from rlplastic.policy import read_config
 from rlplastic.replay import Holdout, ReplayRing, Sampler
+from rlplastic.sharding import ShardedStore
 
 TIERS: tuple[Tier, ...] = ("forward", "ranks", "expensive")
 SAMPLES, MICRO_BATCHES = 128, 8
@@ -124,7 +125,7 @@ def diagnose_run(
     """
     path = Path(run)
     config = read_config(path)
-    loaded = CheckpointStore(path / "checkpoints", keep=1, warn=warn).newest()
+    loaded = ShardedStore(path, 1, COLUMNS[config.agent.name], warn=warn).newest()
     if loaded is None:
         raise ConfigurationError(
             f"{path} has no checkpoint yet; expected one in {path / 'checkpoints'}: let the run save one first"

@@ -63,6 +63,10 @@ class ExportError(RlplasticError):
     exit_code = 5
 
 
+class DistributedError(RlplasticError):
+    """A rank is gone, does not answer, or computed something else than the others; exit code 1."""
+
+
 class Interrupted(RlplasticError):
     """SIGINT, SIGTERM or SIGHUP arrived; the step was finished and the run saved; exit code 130."""
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlplastic.checkpoint import CheckpointStore, Loaded
+from rlplastic.checkpoint import Loaded
 from rlplastic.errors import CheckpointError, ConfigurationError, nearest
 from rlplastic.session import Session, named_parts, part
+from rlplastic.sharding import ShardedStore
 
 PARTS = ("actor", "critic", "replay")
 
@@ -30,7 +31,8 @@ def initialise(session: Session, run: str, what: str) -> str:
     for name in parts:
         if name not in PARTS:
             raise ConfigurationError(f"init_what={what!r} asks for {name!r}; {nearest(name, PARTS)}")
-    loaded = CheckpointStore(Path(run) / "checkpoints", keep=1).newest(segments="replay" in parts)
+    store = ShardedStore(Path(run), 1, session.agent.COLUMNS, session.group)
+    loaded = store.newest(segments="replay" in parts)
     if loaded is None:
         raise ConfigurationError(f"init_from={run!r} has no checkpoint; expected the directory of a run that saved one")
     networks = [name for name in parts if name != "replay"]

@@ -21,18 +21,19 @@ from numpy.typing import NDArray
 
 from rlplastic.command_line import stop_was_asked
 from rlplastic.errors import CheckpointWriteError, Interrupted, NonFiniteError
-from rlplastic.reporting import Reporter
+from rlplastic.reporting import Follower, Reporter
 from rlplastic.session import Session
 
 PRIMING_UPDATES_A_TURN = 100
 
 
-def train(session: Session, reporter: Reporter) -> None:
+def train(session: Session, reporter: Reporter | Follower) -> None:
     """Train until the budget is spent, then evaluate and save.
 
     Raises:
         Interrupted: SIGINT, SIGTERM or SIGHUP arrived; the step was finished and the run saved.
         NonFiniteError: a NaN or infinity appeared; the last good checkpoint is untouched.
+        DistributedError: a rank is gone or silent, or computed something else than the others.
         CheckpointWriteError: the last checkpoint could not be written.
         LogWriteError: the last logs could not be written.
     """
@@ -42,7 +43,7 @@ def train(session: Session, reporter: Reporter) -> None:
             added = advance(session)
             adapt(session, reporter, added)
             after(session, reporter, added)
-            if stop.is_set():
+            if agree_to_stop(session, stop.is_set()):
                 reporter.save()
                 again = "without fresh=true" if session.config.fresh else "the same command"
                 raise Interrupted(
@@ -57,6 +58,13 @@ def train(session: Session, reporter: Reporter) -> None:
         reporter.save(finished=True)
 
 
+def agree_to_stop(session: Session, asked: bool) -> bool:
+    """Whether any rank was asked to stop; on the way the first rank's clock becomes that of all."""
+    answers = session.group.numbers([session.progress.train_seconds, asked])
+    session.progress.train_seconds = answers[0][0]
+    return any(stop for _, stop in answers)
+
+
 def advance(session: Session) -> int:
     """One vector step and the updates that are due; returns the transitions it added."""
     started = session.watch.elapsed
@@ -69,8 +77,9 @@ def advance(session: Session) -> int:
             added = _receive(session, action)
         session.store_received()
         session.watch.lap("store")
-        # while all that the replay holds is held out, updates wait
-        _learn(session, session.replay_ratio.due(session.progress) if session.replay.transitions else 0)
+        # while all that some rank's replay holds is held out, updates wait
+        owed = session.progress.credit >= 1 and session.group.all(session.replay.transitions > 0)
+        _learn(session, session.replay_ratio.due(session.progress) if owed else 0)
         if session.config.overlap:
             added = _receive(session, action)
     session.progress.train_seconds += session.watch.elapsed - started
@@ -129,7 +138,7 @@ def _receive(session: Session, action: NDArray[np.float32]) -> int:
         session.watcher.episodes_ended(session.episodes.ended)
     session.received = action, step, valid
     session.observation = step.observation
-    added = int(valid.sum())
+    added = session.group.total(int(valid.sum()))
     progress.vector_steps += 1
     session.replay_ratio.accrue(progress, added)
     if session.rebuild_is_due:
@@ -138,7 +147,7 @@ def _receive(session: Session, action: NDArray[np.float32]) -> int:
     return added
 
 
-def adapt(session: Session, reporter: Reporter, added: int) -> None:
+def adapt(session: Session, reporter: Reporter | Follower, added: int) -> None:
     """With `replay_ratio=adaptive`, at the end of a window: what the critic's measurements make of the ratio."""
     decision = session.pacer.after(session.progress, added) if session.pacer is not None else None
     if decision is not None:
@@ -146,7 +155,7 @@ def adapt(session: Session, reporter: Reporter, added: int) -> None:
         reporter.paced(decision)
 
 
-def after(session: Session, reporter: Reporter, added: int) -> None:
+def after(session: Session, reporter: Reporter | Follower, added: int) -> None:
     """What happens between turns, each at its own cadence in environment transitions; none of it changes the run.
 
     The checkpoint comes last: it must not promise a log or an evaluation that was not written yet.
@@ -158,13 +167,14 @@ def after(session: Session, reporter: Reporter, added: int) -> None:
         reporter.evaluate(config.evaluation.episodes)
     started = watch.elapsed
     if progress.crossed(config.tracking.every, added):
+        session.compare_ranks()
         reporter.log()
     if progress.crossed(config.checkpoint.every, added):
         save_or_warn(reporter)
     progress.train_seconds += watch.elapsed - started
 
 
-def save_or_warn(reporter: Reporter) -> None:
+def save_or_warn(reporter: Reporter | Follower) -> None:
     """A checkpoint, or a warning: training goes on, since a later save may succeed and stopping would lose more."""
     try:
         reporter.save()

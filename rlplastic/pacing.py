@@ -111,13 +111,16 @@ class Pacer:
         self.agent, self.ring, self.pace = agent, ring, pace
         self.rule = make_rule(settings)
         self.signals = signals_of(settings)
-        self.window = settings.window or max(EPISODES[settings.rule] * time_limit, LEAST_VECTOR_STEPS * ring.num_envs)
+        self.window = settings.window or max(
+            EPISODES[settings.rule] * time_limit, LEAST_VECTOR_STEPS * ring.num_envs * agent.group.size
+        )
         self.readings: dict[str, float] = {}
         self._weights: dict[str, Tensor] = {}  # at the last reading, for the angular speed since
         self._read_at = 0  # updates
         rows = min(max(ROWS, 2 * config.agent.critic_width), ring.capacity)
         key = seeding.key("replay ratio", config.seed)
-        drawn = ring, rows, config.agent.n_step, config.agent.gamma, key
+        self._group = agent.group
+        drawn = ring, -(-rows // agent.group.size), config.agent.n_step, config.agent.gamma, key
         self._trained = Sampler(*drawn)
         self._held_out = Sampler(*drawn, held_out=True) if ring.holdout is not None else None
 
@@ -130,7 +133,9 @@ class Pacer:
 
     def after(self, progress: Progress, added: int) -> Decision | None:
         """What was decided, if ``added`` transitions ended a window of a critic that has begun to learn."""
-        if not (progress.crossed(self.window, added) and self.agent.updates and self.ring.transitions):
+        if not (progress.crossed(self.window, added) and self.agent.updates):
+            return None
+        if not self._group.all(self.ring.transitions > 0):
             return None
         self.readings = {name: value for name, value in self._read(progress.transitions).items() if isfinite(value)}
         decision = self.rule.decide(self.readings)
@@ -151,7 +156,7 @@ class Pacer:
             measured |= gradient_dormancy(critic, trained)
         metrics = {SIGNALS[name].metric for name in self.signals}
         found = {metric: value for metric in metrics if (value := _of_module(measured, metric)) is not None}
-        if "td_error" in sources and self._held_out is not None and self.ring.held_out:
+        if "td_error" in sources and self._held_out is not None and self._group.all(self.ring.held_out > 0):
             error = subjects.held_out_td_error(self.agent, self._batch(self._held_out, draw), trained)
             found |= {"held_out": error.held_out, "gap": error.gap / max(error.held_out - error.gap, 1e-12)}
         if "angular_speed" in self.signals:

@@ -18,6 +18,7 @@ import torch
 
 from rlplastic import pacing
 from rlplastic.config import ADAPTIVE, VARIANTS, Config
+from rlplastic.distributed import local_ranks
 from rlplastic.errors import ConfigurationError, nearest
 from rlplastic.kernels import dispatch
 from rlplastic.plasticity.interventions import INTERVENTIONS
@@ -112,6 +113,7 @@ def probe_machine(device: str) -> Machine:
             "use device=cpu, or install a CUDA build of torch as the README says"
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    cores = max(1, cores // local_ranks())
     if parsed.type == "cuda":
         with torch.cuda.device(parsed):
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -318,6 +320,7 @@ POSITIVE = (
     "env_steps",
     "max_minutes",
     "threads",
+    "distributed.timeout",
 )
 NOT_NEGATIVE = (
     "monitor.max_interventions",
@@ -365,6 +368,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule.kind": ("budget", "horizon"),
     "monitor.mode": ("off", "watch", "full", "scheduled"),
     "monitor.scheduled_intervention": tuple(INTERVENTIONS),
+    "distributed.bn_sync": ("running", "forward"),
     "replay.observation_dtype": ("float32", "float16", "bfloat16", "int8"),
     "replay.device": ("learner", "pinned"),
     "kernels": ("auto", "triton", "torch"),

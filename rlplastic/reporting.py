@@ -92,9 +92,10 @@ class Reporter:
         self._logged_transitions, self._logged_updates = progress.transitions, session.agent.updates
         if transitions:
             assert session.config.replay.batch_size, "resolve the configuration first"
+            batch = session.config.replay.batch_size * session.group.size
             scalars |= {
                 "train/updates_per_transition": updates / transitions,
-                "train/samples_per_transition": updates * session.config.replay.batch_size / transitions,
+                "train/samples_per_transition": updates * batch / transitions,
             }
         scalars |= {"speed/env_steps_per_s": env_rate, "speed/updates_per_s": update_rate}
         scalars |= {f"speed/{name}": part for name, part in fractions.items()}
@@ -216,3 +217,33 @@ class Reporter:
             self.session.save(self.session.directory.log_lengths(), finished)
         self._finished = finished
         self.session.watch.lap("checkpoint")
+
+
+class Follower:
+    """What a rank other than the first has instead: it takes part in saving, and tells nothing but warnings."""
+
+    last_evaluation: Evaluation | None = None
+    unlogged = False
+
+    def __init__(self, session: Session, view: View) -> None:
+        self.session, self.view = session, view
+
+    def log(self) -> None:
+        """Begin new means and times where the first rank does, and stop where it does at a NaN."""
+        self.session.guard.check_means(self.session.metrics.pop())
+        self.session.watch.pop()
+
+    def tell_findings(self) -> None:
+        """The monitor finds the same on the first rank, which tells it."""
+        if self.session.watcher is not None:
+            self.session.watcher.pop_events()
+
+    def paced(self, decision: Decision) -> None:
+        """The pacer decides the same on the first rank, which tells it."""
+
+    def evaluate(self, episodes: int) -> None:
+        """The first rank evaluates; the others wait for it in the next message."""
+
+    def save(self, finished: bool = False) -> None:
+        """This rank's part of a checkpoint; see `Session.save` for the errors."""
+        self.session.save({}, finished)

@@ -7,7 +7,6 @@ bounds how many steps that can be.
 
 from __future__ import annotations
 
-import copy
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlplastic.agents import parameter_bytes
 from rlplastic.agents.base import Agent
@@ -26,6 +25,7 @@ from rlplastic.agents.flashsac import FlashSAC
 from rlplastic.agents.sac import SAC
 from rlplastic.checkpoint import CheckpointStore, Loaded, SegmentReference
 from rlplastic.config import ADAPTIVE, Config
+from rlplastic.distributed import ALONE, Group, share_of
 from rlplastic.envs import make_envs
 from rlplastic.envs.base import Observation, Step, VectorEnv, step
 from rlplastic.envs.episodes import EpisodeStatistics
@@ -39,6 +39,7 @@ from rlplastic.replay.memory import available_memory
 from rlplastic.replay.prefetch import PrefetchingSampler
 from rlplastic.resources import FIRST_ENVIRONMENT, resident_bytes
 from rlplastic.run_directory import RunDirectory
+from rlplastic.sharding import ShardedStore
 from rlplastic.watching import Watcher
 
 MAX_SEGMENTS = 128
@@ -66,7 +67,7 @@ class Session:
 
     config: Config
     directory: RunDirectory
-    store: CheckpointStore
+    store: CheckpointStore | ShardedStore
     envs: VectorEnv
     agent: Agent
     replay: ReplayRing
@@ -84,6 +85,8 @@ class Session:
     """What moves the replay ratio while the run goes on; None: it stays."""
     watcher: Watcher | None = None
     """The plasticity monitor; None: off."""
+    group: Group = ALONE
+    """The ranks that train together; the configuration, environments and replay are this one's."""
     final_evaluation: Evaluation | None = None
     """That of the finished run; saved with it, so that rerunning the command can tell it again."""
     metrics: MetricMeans = field(default_factory=MetricMeans)
@@ -110,6 +113,15 @@ class Session:
         owed = self.progress.primed < self.config.priming_updates
         return owed and self.progress.transitions >= max(self.replay_ratio.minimum, 1)
 
+    def compare_ranks(self) -> None:
+        """Compare checksums of the networks between ranks.
+
+        Raises:
+            DistributedError: they differ; naming the first tensor and the step.
+        """
+        if self.group.size > 1:
+            self.group.require_equal(checksums(self.agent.modules), f"at step {self.progress.transitions}")
+
     # Environments
 
     @property
@@ -126,7 +138,7 @@ class Session:
         """The most that `actions` will hold before the environments are built anew, or the budget is spent."""
         steps = self._rebuild_every
         if self.config.env_steps is not None:
-            steps = min(steps, self.config.env_steps // self.envs.num_envs)
+            steps = min(steps, self.config.env_steps // (self.envs.num_envs * self.group.size))
         return steps * self.envs.num_envs * self.envs.action_dim * 4
 
     def store_received(self) -> None:
@@ -158,6 +170,8 @@ class Session:
             self.config.env,
             seed=self.config.seed,
             role="train",
+            rank=self.group.rank,
+            ranks=self.group.size,
             rebuild=self.progress.builds,
             transitions=self.progress.built_after,
         )
@@ -195,14 +209,17 @@ class Session:
         documents = {"progress": asdict(self.progress), "logs": log_lengths, "finished": finished}
         if self.final_evaluation is not None:
             documents["evaluation"] = {name: array.tolist() for name, array in vars(self.final_evaluation).items()}
+        learned = self.agent.state_dict()
+        if self.group.rank:  # the first rank saves what is the same everywhere
+            learned = {name: learned[name] for name in self.agent.COLUMNS}
         tensors = {
-            "agent": self.agent.state_dict(),
+            "agent": learned,
             "replay_head": self.replay.export_head(),
             "loop": arrays | {f"metrics.{name}": tensor for name, tensor in self.metrics.state_dict().items()},
         }
-        if self.watcher is not None:
+        if self.watcher is not None and self.group.rank == 0:
             documents["monitor"], tensors["monitor"] = self.watcher.state_dict()
-        if self.pacer is not None:
+        if self.pacer is not None and self.group.rank == 0:
             documents["pacer"], tensors["pacer"] = self.pacer.state_dict(), self.pacer.tensors()
         try:
             checkpoint = self.store.save(
@@ -255,6 +272,11 @@ class Session:
             self.pacer.load_state_dict(loaded.documents["pacer"], loaded.tensors("pacer"))
         self.actions = [actions[index] for index in sorted(actions)]
         self._segments, self._saved_actions = tuple(segments), len(self.actions)
+        if loaded.redealt:
+            self._segments = ()  # they lie with other columns
+            tell("this resume is not exact: another number of ranks wrote the checkpoint; fresh episodes are started")
+            self.rebuild()
+            return "its columns dealt out anew, fresh episodes"
         saved = {group: value.numpy() for group, value in part(loop, "observation.").items()}
         return self._continue_environments(saved, tell, track)
 
@@ -275,9 +297,11 @@ class Session:
             self.observation = self.envs.reset()
             for action in track(self.actions, "replaying actions"):
                 self.observation = step(self.envs, action).observation
-            if all(np.array_equal(self.observation[group], array) for group, array in saved.items()):
-                return f"exact: {expected} vector steps replayed, last observations equal bit for bit"
-            reason = "the replayed environments ended in other observations than the saved ones"
+            if any(not np.array_equal(self.observation[group], array) for group, array in saved.items()):
+                reason = "the replayed environments ended in other observations than the saved ones"
+        if self.group.all(not reason):
+            return f"exact: {expected} vector steps replayed, last observations equal bit for bit"
+        reason = reason or "another rank cannot go on exactly"
         tell(f"this resume is not exact: {reason}; fresh episodes are started")
         self.rebuild()
         return f"fresh episodes, since {reason}"
@@ -299,13 +323,26 @@ def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
+def checksums(modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """The sum of the bytes of every parameter and buffer, by name, in one transfer."""
+    entries = {f"{key}.{name}": value for key, module in modules.items() for name, value in module.state_dict().items()}
+    sums = torch.stack([value.flatten().view(torch.uint8).sum(dtype=torch.int64) for value in entries.values()])
+    return dict(zip(entries, sums.tolist(), strict=True))
+
+
 def named_parts(what: str) -> list[str]:
     """The names in a list separated by commas."""
     return [name.strip() for name in what.split(",")]
 
 
-def build(config: Config, directory: RunDirectory, make_agent: Callable[..., Agent], store: CheckpointStore) -> Session:
-    """A new session at step 0, environments reset.
+def build(
+    config: Config,
+    directory: RunDirectory,
+    make_agent: Callable[..., Agent],
+    store: CheckpointStore | ShardedStore,
+    group: Group = ALONE,
+) -> Session:
+    """A new session at step 0, environments reset: this rank's share of what the configuration asks for.
 
     Raises:
         ConfigurationError: the task is unknown, or the replay does not fit into memory.
@@ -313,11 +350,12 @@ def build(config: Config, directory: RunDirectory, make_agent: Callable[..., Age
     with suppress(ImportError):  # which is told below
         importlib.import_module(config.env.backend)  # whose memory must not count as that of environments
     before = resident_bytes()
-    envs = make_envs(config.env, seed=config.seed, role="train")
+    config = share_of(config, group)
+    envs = make_envs(config.env, seed=config.seed, role="train", rank=group.rank, ranks=group.size)
     try:
         observation = envs.reset()
         each = max(resident_bytes() - before - FIRST_ENVIRONMENT, 0) // envs.num_envs
-        session = _build(copy.deepcopy(config), directory, make_agent, store, envs, observation)
+        session = _build(config, directory, make_agent, store, group, envs, observation)
         session.environment_bytes = each
         return session
     except BaseException:
@@ -325,7 +363,7 @@ def build(config: Config, directory: RunDirectory, make_agent: Callable[..., Age
         raise
 
 
-def _replay(config: Config, envs: VectorEnv) -> tuple[ReplayRing, Sampler | PrefetchingSampler]:
+def _replay(config: Config, envs: VectorEnv, rank: int) -> tuple[ReplayRing, Sampler | PrefetchingSampler]:
     settings = config.replay
     assert settings.capacity and settings.batch_size and config.agent.gamma is not None
     pinned = settings.device == "pinned"
@@ -338,7 +376,7 @@ def _replay(config: Config, envs: VectorEnv) -> tuple[ReplayRing, Sampler | Pref
         envs.autoreset,
         settings.observation_dtype,
         "cpu" if pinned else config.device,
-        holdout=Holdout(settings.holdout, config.seed) if settings.holdout else None,
+        holdout=Holdout(settings.holdout, config.seed, rank) if settings.holdout else None,
         prioritised=settings.prioritised,
         kernels=kernels,
         pinned=pinned,
@@ -351,6 +389,7 @@ def _replay(config: Config, envs: VectorEnv) -> tuple[ReplayRing, Sampler | Pref
         config.agent.n_step,
         config.agent.gamma,
         config.seed,
+        rank,
         half_life=settings.half_life,
         prioritisation=exponents if settings.prioritised else None,
         kernels=kernels,
@@ -363,13 +402,14 @@ def _build(
     config: Config,
     directory: RunDirectory,
     make_agent: Callable[..., Agent],
-    store: CheckpointStore,
+    store: CheckpointStore | ShardedStore,
+    group: Group,
     envs: VectorEnv,
     observation: Observation,
 ) -> Session:
     settings = config.replay
     assert settings.minimum
-    replay, sampler = _replay(config, envs)
+    replay, sampler = _replay(config, envs, group.rank)
     needed, there = (
         parameter_bytes(config, envs.observation_dims, envs.action_dim),
         available_memory(torch.device(config.device)),
@@ -379,7 +419,7 @@ def _build(
             f"the networks need {needed / 1e9:.1f} GB but {config.device} has {there / 1e9:.1f} GB left; lower "
             "agent.critic_width, agent.actor_width or the number of their layers"
         )
-    agent = make_agent(config, envs.observation_dims, envs.action_dim)
+    agent = make_agent(config, envs.observation_dims, envs.action_dim, group=group)
     taken = named_parts(config.init_what) if config.init_from is not None else []
     minimum = 0 if "replay" in taken else settings.minimum
     progress = Progress()
@@ -411,6 +451,7 @@ def _build(
         observation=observation,
         uniform_until=0 if "actor" in taken else minimum,
         watcher=watcher,
+        group=group,
     )
 
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from rlplastic import resources, time_profile
-from rlplastic.agents import make_agent, working_bytes
-from rlplastic.checkpoint import CheckpointStore, Loaded
+from rlplastic.agents import COLUMNS, make_agent, working_bytes
+from rlplastic.checkpoint import Loaded
 from rlplastic.command_line import flatten, override_key
 from rlplastic.composition import compose
 from rlplastic.config import HANDLING, Config, SACConfig, schema
+from rlplastic.distributed import Group, joined, restarts
 from rlplastic.errors import ConfigurationError, telling_of_memory
 from rlplastic.evaluation import Evaluation
 from rlplastic.initialisation import initialise
@@ -27,9 +28,10 @@ from rlplastic.loop import train
 from rlplastic.presets import MACHINE_KEYS, Choice, Machine, machine_from, probe_machine, resolve
 from rlplastic.progress import Budget, Progress, Stopwatch
 from rlplastic.replay import memory
-from rlplastic.reporting import Reporter
+from rlplastic.reporting import Follower, Reporter
 from rlplastic.run_directory import RunDirectory, default_name
 from rlplastic.session import Session, build
+from rlplastic.sharding import ShardedStore
 from rlplastic.terminal import View, banner
 from rlplastic.tracking import Tracker
 
@@ -74,17 +76,49 @@ def train_agent(overrides: Sequence[str] = (), *, quiet: bool = False, spent: fl
     """
     began = time.perf_counter() - spent
     asked = compose(overrides)
-    view = View(live=asked.tracking.live, quiet=quiet)
     name = asked.name or name_of(overrides, asked.seed)
-    machine, changed = _machine(asked, Path(asked.runs) / name)
-    config, choices = resolve(asked, machine)
-    for sentence in changed + [choice.warning for choice in choices if choice.warning]:
-        view.warn(sentence)
-    ignore = (*IDENTITY_IGNORES, *(MACHINE_KEYS if changed else ()), *_no_difference(Path(asked.runs) / name, config))
-    run = RunDirectory.open(asked.runs, name, asdict(config), fresh=asked.fresh, ignore=ignore)
-    with run as directory, telling_of_memory(MEMORY_REMEDY):
-        directory.write("machine.json", json.dumps(asdict(machine), indent=1))
-        return _train(config, choices, directory, view, began)
+    with joined(asked.device, asked.distributed.timeout) as group:
+        view = View(live=asked.tracking.live, quiet=quiet or group.rank > 0)
+        machine, changed = _machine(asked, Path(asked.runs) / name)
+        config, choices = resolve(asked, machine)
+        _require_equal_settings(config, group)
+        for sentence in changed + [choice.warning for choice in choices if choice.warning]:
+            if group.rank == 0:
+                view.warn(sentence)
+        alike = _no_difference(Path(asked.runs) / name, config)
+        ignore = (*IDENTITY_IGNORES, *(MACHINE_KEYS if changed else ()), *alike)
+        run = _open(asked, name, config, ignore, group)
+        with run as directory, telling_of_memory(MEMORY_REMEDY):
+            directory.write("machine.json", json.dumps(asdict(machine), indent=1))
+            return _train(config, choices, directory, view, began, group)
+
+
+def _open(asked: Config, name: str, config: Config, ignore: Sequence[str], group: Group) -> RunDirectory:
+    """The run directory on the first rank, and a folder of its own in it on every other; each is locked."""
+    fresh = asked.fresh and not restarts()  # a restart goes on with what the first start began
+    whole = partial(RunDirectory.open, asked.runs, name, asdict(config), fresh, ignore)
+    mine = partial(RunDirectory.open, Path(asked.runs) / name, f"rank_{group.rank}", asdict(config), False, ignore)
+    first = group.attempt(whole, group.rank == 0)
+    other = group.attempt(mine, group.rank > 0)
+    run = first or other
+    assert run is not None
+    return run
+
+
+def _require_equal_settings(config: Config, group: Group) -> None:
+    """Refuse ranks whose machines chose different settings.
+
+    Raises:
+        ConfigurationError: naming the settings.
+    """
+    settings, *others = group.exchange(flatten(asdict(config)))
+    for rank, theirs in enumerate(others, start=1):
+        differences = [f"{key}: {value} -> {theirs[key]}" for key, value in settings.items() if value != theirs[key]]
+        if differences:
+            raise ConfigurationError(
+                f"rank {rank} would train with other settings than rank 0 ({'; '.join(differences)}); expected the "
+                "same everywhere, so give these settings on the command line"
+            )
 
 
 def _no_difference(path: Path, config: Config) -> list[str]:
@@ -141,17 +175,20 @@ def _machine(asked: Config, path: Path) -> tuple[Machine, list[str]]:
     return now, [f"the machine changed ({'; '.join(differences)}): this resume is not exact"]
 
 
-def _train(config: Config, choices: list[Choice], directory: RunDirectory, view: View, began: float) -> Result:
+def _train(
+    config: Config, choices: list[Choice], directory: RunDirectory, view: View, began: float, group: Group
+) -> Result:
     from rlplastic import acceleration
 
-    store = CheckpointStore(directory.path / "checkpoints", config.checkpoint.keep, warn=view.warn)
+    whole = directory.path.parent if group.rank else directory.path
+    store = ShardedStore(whole, config.checkpoint.keep, COLUMNS[config.agent.name], group, view.warn)
     loaded = store.newest()
     if loaded is not None and loaded.documents["finished"]:
         progress = Progress(**loaded.documents["progress"])
         if Budget(config.env_steps, config.max_minutes).spent(progress):
             return _finished(loaded, directory, view)
     transform = acceleration.apply(config)
-    session = build(config, directory, partial(make_agent, compile=transform), store)
+    session = build(config, directory, partial(make_agent, compile=transform), store, group)
     session.watch = Stopwatch(began, acceleration.barrier(config.device) if config.profile else None)
     session.watch.lap("start")
     try:
@@ -170,6 +207,9 @@ def _train(config: Config, choices: list[Choice], directory: RunDirectory, view:
         if loaded is not None:
             source = f"{loaded.path.name}, {session.restore(loaded, view.warn, view.track)}"
             session.watch.lap("resume")
+        if group.rank:
+            train(session, Follower(session, view))
+            return Result(whole, session.progress.transitions, session.agent.updates, None)
         for sentence in directory.cut_back(loaded.documents["logs"] if loaded else {}):
             view.warn(sentence)
         if directory.moved_to is not None:
@@ -266,6 +306,8 @@ def describe(session: Session, choices: Iterable[Choice]) -> list[tuple[str, str
     config, envs, replay = session.config, session.envs, session.replay
     assert config.replay.batch_size and config.replay.capacity
     queues = 1 if replay.holdout is None else 2
+    batch = config.replay.batch_size * session.group.size
+    share = f"each has {envs.num_envs} environments and draws {config.replay.batch_size} rows"
     row = memory.bytes_per_transition(replay.layout, queues)
     total = memory.memory_bytes(config.replay.capacity, envs.num_envs, replay.layout, queues, config.replay.prioritised)
     groups = ", ".join(f"{group} {dim}" for group, dim in envs.observation_dims.items())
@@ -299,9 +341,9 @@ def describe(session: Session, choices: Iterable[Choice]) -> list[tuple[str, str
         ),
         (
             "samples per transition",
-            f"{config.first_replay_ratio * config.replay.batch_size:g}",
-            f"{'at first: ' if session.pacer else ''}replay ratio {config.first_replay_ratio:g} x batch "
-            f"{config.replay.batch_size}",
+            f"{config.first_replay_ratio * batch:g}",
+            f"{'at first: ' if session.pacer else ''}replay ratio {config.first_replay_ratio:g} x batch {batch}",
         ),
+        *([("ranks", str(session.group.size), share)] if session.group.size > 1 else []),
         *((choice.what, choice.value, choice.reason) for choice in choices),
     ]

@@ -168,8 +168,9 @@ class Watcher:
 
     def episodes_ended(self, returns: NDArray[Any]) -> None:
         """Training episodes that ended in the last vector step, (episodes,)."""
-        for value in returns.tolist():
-            self._monitor.episode(self.agent.updates, value)
+        for theirs in self.agent.group.exchange(returns.tolist()):
+            for value in theirs:
+                self._monitor.episode(self.agent.updates, value)
 
     def pop_events(self) -> list[Event]:
         """What happened since the last call."""
@@ -253,8 +254,14 @@ class Watcher:
         """Why nothing can be said of held-out episodes."""
         return "unavailable: " + ("too few are there yet" if self.config.replay.holdout else "replay.holdout is 0")
 
+    @property
+    def _held_out_rows(self) -> int:
+        """Held-out transitions that all ranks can draw from in equal parts."""
+        group = self.agent.group
+        return group.size * int(min(count for (count,) in group.numbers([self.replay.held_out])))
+
     def _held_out(self, trained: Inputs, updates: int) -> dict[str, float]:
-        if not self.replay.held_out:
+        if not self._held_out_rows:
             return {}
         error = held_out_td_error(self.agent, self._draw(updates, held_out=True), trained)
         return {
@@ -271,7 +278,8 @@ class Watcher:
             assert gamma is not None
             # The torch path: the others draw ahead, for one batch after the other.
             key = self._key("draws")
-            sampler = Sampler(self.replay, self._rows, n_step, gamma, key, held_out=held_out, kernels="torch")
+            rows = -(-self._rows // self.agent.group.size)
+            sampler = Sampler(self.replay, rows, n_step, gamma, key, held_out=held_out, kernels="torch")
             self._samplers[n_step, held_out] = sampler
         return inputs_of(self.agent, sampler.sample(updates, self.agent.reward_scale.to(sampler.device)))
 
@@ -302,7 +310,7 @@ class Watcher:
         """A twin that is updated after every update of the live agent; common targets are made now."""
         self._branch = self.agent.branch()
         self._frozen_critic = copy.deepcopy(self.agent.learner.target_critic)
-        held_out = self.replay.held_out >= FEW
+        held_out = self._held_out_rows >= FEW
         short = self._draw(self.agent.updates, held_out=held_out)
         long = self._draw(self.agent.updates, self._horizon, held_out)
         source = "held-out episodes" if held_out else f"replay that training samples too; held-out {self._unavailable}"

@@ -14,6 +14,7 @@ from rlplastic.agents.flow import BINS, FREQUENCIES
 from rlplastic.agents.sac import SAC
 from rlplastic.agents.sac import networks as sac_networks
 from rlplastic.config import CategoricalCriticConfig, Config, FlashSACConfig, FlowCriticConfig, SACConfig
+from rlplastic.distributed import ALONE, Group
 
 Actor = flashsac_networks.Actor | sac_networks.Actor
 
@@ -31,6 +32,8 @@ def _sac(config: Config, **common: Any) -> SAC:  # noqa: ANN401
 
 FACTORIES: dict[str, Callable[..., Agent]] = {"flashsac": _flashsac, "sac": _sac}
 """Agent by `agent.name`."""
+COLUMNS = {"flashsac": FlashSAC.COLUMNS, "sac": SAC.COLUMNS}
+"""Entries of the state with a row per environment, by `agent.name`."""
 ACTORS: dict[str, Callable[[Mapping[str, Tensor]], Actor]] = {
     "flashsac": flashsac_networks.actor_like,
     "sac": sac_networks.actor_like,
@@ -110,8 +113,12 @@ def make_agent(
     observation_dims: Mapping[str, int],
     action_dim: int,
     compile: Callable[[Any], Any] = lambda function: function,
+    group: Group = ALONE,
 ) -> Agent:
-    """The agent that a resolved configuration names; ``compile`` is applied to its loss functions."""
+    """The agent that a resolved configuration names; ``compile`` is applied to its loss functions.
+
+    Over several ranks the configuration is one rank's share.
+    """
     assert config.env.num_envs is not None, "resolve the configuration first"
     return FACTORIES[config.agent.name](
         config,
@@ -122,4 +129,6 @@ def make_agent(
         planned_updates=config.schedule.horizon if config.schedule.kind == "horizon" else None,
         device=config.device,
         compile=compile,
+        group=group,
+        bn_sync=config.distributed.bn_sync,
     )

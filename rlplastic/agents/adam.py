@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from rlplastic.distributed import Reduce, dense
+
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 
 
@@ -19,14 +21,17 @@ class Adam:
     Args:
         parameters: float32, all on one device; they stay where they are.
         weight_decay: every parameter loses this share of itself, times the learning rate, before each step.
+        reduce: makes of gradients those of all ranks.
 
     Attributes:
         parameters: as given.
+        reduce: as given; for whoever hands gradients to `step`.
         rate: learning rate of the last step.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], weight_decay: float = 0.0) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], weight_decay: float = 0.0, reduce: Reduce = dense) -> None:
         self.parameters: list[Tensor] = list(parameters)
+        self.reduce = reduce
         self.rate = 0.0
         self._weight_decay = weight_decay
         self._first = [torch.zeros_like(parameter) for parameter in self.parameters]

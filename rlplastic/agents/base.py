@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 class Agent(Protocol):
     """An off-policy agent: acts on numpy observations, learns from batches on its device."""
 
+    COLUMNS: ClassVar[tuple[str, ...]]
+    """Entries of the state that have a row per environment, of which every rank has its own; all else is the same on
+    all ranks."""
     device: torch.device
     updates: int
     """Critic updates done so far."""

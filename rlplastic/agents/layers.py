@@ -12,6 +12,7 @@ bfloat16, and what lies between two products is stored so (sums, statistics, res
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +49,25 @@ class UnitLinear(nn.Module):
         return x.mT @ weight.mT
 
 
+class Recorded(NamedTuple):
+    """A batch that running statistics followed, and what they were before."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    mean: Tensor
+    variance: Tensor
+    """Biased."""
+    rows: int
+
+
 class BatchNorm(nn.Module):
-    """Batch normalisation (arXiv 1502.03167): biased variance normalises, unbiased enters the running statistics."""
+    """Batch normalisation (arXiv 1502.03167): biased variance normalises, unbiased enters the running statistics.
+
+    Attributes:
+        normalise: `rlplastic.kernels.batch_norm.normalise`, or what does the same over the batches of several ranks.
+        ranks: how many ranks' batches, equally large, it normalises over.
+        recording: keep the newest batch in ``recorded``, so that the running statistics can follow all ranks' instead.
+    """
 
     running_mean: Tensor
     running_var: Tensor
@@ -62,6 +80,8 @@ class BatchNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(shape))
         self.register_buffer("running_mean", torch.zeros(shape))
         self.register_buffer("running_var", torch.ones(shape))
+        self.normalise, self.ranks, self.recording = normalise, 1, False
+        self.recorded: Recorded | None = None
 
     def forward(
         self, x: Tensor, batch_statistics: bool, relu: bool = False, dtype: torch.dtype = torch.float32
@@ -74,13 +94,19 @@ class BatchNorm(nn.Module):
         if not batch_statistics:
             scale = self.gamma * torch.rsqrt(self.running_var + self.eps)
             return affine(x, scale, self.beta - self.running_mean * scale, relu, dtype)
-        y, mean, variance = normalise(x, self.gamma, self.beta, self.eps, relu, dtype)
-        with torch.no_grad():
-            rows = x.shape[-1]
-            self.running_mean.lerp_(mean.expand_as(self.running_mean), self.momentum)
-            unbiased = variance * (rows / max(rows - 1, 1))
-            self.running_var.lerp_(unbiased.expand_as(self.running_var), self.momentum)
+        y, mean, variance = self.normalise(x, self.gamma, self.beta, self.eps, relu, dtype)
+        rows = x.shape[-1] * self.ranks
+        if self.recording:
+            self.recorded = Recorded(self.running_mean.clone(), self.running_var.clone(), mean, variance, rows)
+        self.follow(mean, variance, rows)
         return y
+
+    @torch.no_grad()
+    def follow(self, mean: Tensor, variance: Tensor, rows: int) -> None:
+        """Move the running statistics towards the moments (..., dim) of a batch with so many rows."""
+        self.running_mean.lerp_(mean.expand_as(self.running_mean), self.momentum)
+        unbiased = variance * (rows / max(rows - 1, 1))
+        self.running_var.lerp_(unbiased.expand_as(self.running_var), self.momentum)
 
 
 class RMSNorm(nn.Module):

@@ -11,12 +11,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rlplastic.distributed import ALONE, Group
+
 
 class RewardScaler:
-    """Statistics of G in float64, merged one vector step at a time (Chan et al. 1983, parallel variance)."""
+    """Statistics of G in float64, merged one vector step at a time (Chan et al. 1983, parallel variance).
 
-    def __init__(self, num_envs: int, gamma: float, support: float, enabled: bool = True) -> None:
-        self._gamma, self._support, self._enabled = gamma, support, enabled
+    Over several ranks they are those of all environments: every rank merges the same parts in the same order.
+    """
+
+    def __init__(self, num_envs: int, gamma: float, support: float, enabled: bool = True, group: Group = ALONE) -> None:
+        self._gamma, self._support, self._enabled, self._group = gamma, support, enabled, group
         self._returns = np.zeros(num_envs)
         self._count, self._mean, self._squares, self._largest = 0.0, 0.0, 0.0, 0.0
 
@@ -25,16 +30,16 @@ class RewardScaler:
         moved = self._gamma * (1.0 - done) * self._returns + reward
         everywhere = valid.all()
         self._returns = moved if everywhere else np.where(valid, moved, self._returns)
-        rows = moved if everywhere else moved[valid]
-        size = rows.size
-        if not size:
-            return
-        mean, total = float(np.add.reduce(rows)) / size, self._count + size
-        delta, centred = mean - self._mean, rows - mean
-        self._squares += float(centred @ centred) + delta**2 * self._count * size / total
+        for size, mean, squares, largest in self._group.numbers(_moments(moved if everywhere else moved[valid])):
+            if size:
+                self._merge(size, mean, squares, largest)
+
+    def _merge(self, size: float, mean: float, squares: float, largest: float) -> None:
+        delta, total = mean - self._mean, self._count + size
+        self._squares += squares + delta**2 * self._count * size / total
         self._mean += delta * size / total
         self._count = total
-        self._largest = max(self._largest, float(np.maximum.reduce(rows)), -float(np.minimum.reduce(rows)))
+        self._largest = max(self._largest, largest)
 
     @property
     def scale(self) -> float:
@@ -53,3 +58,13 @@ class RewardScaler:
         """Continue from `state_dict`."""
         self._returns = state["returns"].numpy().copy()
         self._count, self._mean, self._squares, self._largest = state["moments"].tolist()
+
+
+def _moments(rows: NDArray[np.float64]) -> tuple[float, float, float, float]:
+    """How many there are, their mean, squared distances from it, and the largest of them in size."""
+    if not rows.size:
+        return 0.0, 0.0, 0.0, 0.0
+    mean = float(np.add.reduce(rows)) / rows.size
+    centred = rows - mean
+    largest = max(float(np.maximum.reduce(rows)), -float(np.minimum.reduce(rows)))
+    return float(rows.size), mean, float(centred @ centred), largest

@@ -21,6 +21,7 @@ from rlplastic.agents.exploration import uniform_actions
 from rlplastic.agents.flow import FlowCritic
 from rlplastic.agents.reward_scaling import RewardScaler
 from rlplastic.config import FlashSACConfig, SACConfig
+from rlplastic.distributed import ALONE, Group
 from rlplastic.envs.base import Observation, Step
 
 if TYPE_CHECKING:
@@ -42,8 +43,11 @@ class SoftActorCritic(ABC, Generic[L]):
         planned_updates: stretch the learning-rate cosine over this many critic updates (the published schedule);
             None: over the budget, by the fraction given to `update`.
         device: where the networks live.
+        group: the ranks that learn together; every rank draws noise of its own.
     """
 
+    COLUMNS: ClassVar[tuple[str, ...]] = ("reward.returns",)
+    """Entries of the state that have a row per environment; every rank has its own."""
     ACTOR_ROWS: ClassVar[int] = 1
     """Rows of noise that an actor step takes for each row of the batch."""
 
@@ -58,9 +62,11 @@ class SoftActorCritic(ABC, Generic[L]):
         seed: int,
         planned_updates: int | None,
         device: torch.device | str,
+        group: Group = ALONE,
     ) -> None:
         self.learner = learner
-        self.config, self.device, self.seed = agent, torch.device(device), seed
+        self.config, self.device, self.seed, self.group = agent, torch.device(device), seed, group
+        self._update_seed = seeding.key("update", seed, group.rank) if group.rank else seed
         self.action_dim = action_dim
         self.updates = 0
         self.td_error: Tensor | None = None
@@ -87,7 +93,7 @@ class SoftActorCritic(ABC, Generic[L]):
     ) -> NDArray[np.float32]:
         """Actions tanh(mean + std * noise), or uniform random ones."""
         if uniform:
-            return uniform_actions(len(active), self.action_dim, self.seed, step)
+            return uniform_actions(len(active), self.action_dim, self.seed, step, self.group.rank)
         noise = torch.from_numpy(self.exploration_noise(step, active)).to(self.device)
         mean, log_std = self.learner.actor(self._policy_input(observation))
         actions: NDArray[np.float32] = torch.tanh(mean + log_std.exp() * noise).cpu().numpy()
@@ -116,7 +122,7 @@ class SoftActorCritic(ABC, Generic[L]):
 
     def update(self, batch: Batch, budget_used: float) -> dict[str, Tensor]:
         """One update on a batch whose rewards are already scaled, with noise of its own."""
-        rng = seeding.generator(self.device, self.seed, "update", self.updates)
+        rng = seeding.generator(self.device, self._update_seed, "update", self.updates)
         rows = len(batch.reward)
 
         def noise(count: int) -> Tensor:

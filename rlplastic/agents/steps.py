@@ -144,7 +144,7 @@ def actor_step(learner: Learner, inputs: Inputs, noise: Tensor, rate: float, *op
     """Move the actor along its loss, with the critic frozen; ``options`` go to the loss."""
     learner.critic.requires_grad_(False)
     loss, metrics = learner.actor_loss(learner.actor, learner.critic, learner.alpha(), inputs, noise, *options)
-    minimise(loss, learner.actor_optimizer, rate)
+    metrics = minimise(loss, learner.actor_optimizer, rate, metrics)
     learner.critic.requires_grad_(True)
     return metrics
 
@@ -153,8 +153,7 @@ def critic_step(learner: Learner, inputs: Inputs, noise: CriticNoise, rate: floa
     """Move the critics towards their target; ``options`` go to the loss."""
     networks = learner.actor, learner.critic, learner.target_critic
     loss, metrics = learner.critic_loss(*networks, learner.alpha(), inputs, noise, learner.backup_entropy, *options)
-    minimise(loss, learner.critic_optimizer, rate)
-    return metrics
+    return minimise(loss, learner.critic_optimizer, rate, metrics)
 
 
 def temperature_loss(log_alpha: Tensor, entropy: Tensor, target: float) -> Tensor:
@@ -163,7 +162,7 @@ def temperature_loss(log_alpha: Tensor, entropy: Tensor, target: float) -> Tenso
 
 
 def temperature_step(learner: Learner, entropy: Tensor, rate: float) -> Metrics:
-    """Move log alpha towards the target entropy; ``entropy`` is that of the actor before its step."""
+    """Move log alpha towards the target entropy; ``entropy`` is that of the actor before its step, of all ranks."""
     alpha = learner.alpha()
     loss = temperature_loss(learner.log_alpha, entropy, learner.target_entropy)
     minimise(loss, learner.temperature_optimizer, rate)
@@ -191,11 +190,16 @@ def follow(target: nn.Module, critic: nn.Module, rate: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(critic.parameters()), rate)
 
 
-def minimise(loss: Tensor, optimizer: Adam, rate: float) -> None:
-    """One optimizer step at learning rate ``rate``."""
+def minimise(loss: Tensor, optimizer: Adam, rate: float, metrics: Metrics | None = None) -> Metrics:
+    """One optimizer step at learning rate ``rate``; returns the metrics, scalars as means over ranks.
+
+    They travel with the gradients, so that all ranks know the same entropy and stop at the same NaN.
+    """
     gradients = torch.autograd.grad(loss, optimizer.parameters)
-    # Only what lies otherwise than its parameter is copied: the optimizer steps through both as they lie.
-    optimizer.step([gradient.contiguous() for gradient in gradients], rate)
+    scalars = {name: value for name, value in (metrics or {}).items() if value.ndim == 0}
+    reduced = optimizer.reduce([*gradients, *scalars.values()])
+    optimizer.step(reduced[: len(gradients)], rate)
+    return {**(metrics or {}), **dict(zip(scalars, reduced[len(gradients) :], strict=True))}
 
 
 # State

@@ -164,10 +164,14 @@ def members_of(agent: Agent) -> int:
 
 
 def inputs_of(agent: Agent, batch: Batch) -> Inputs:
-    """Copies of a sampled batch on the agent's device, which the sampler does not overwrite; without weights."""
+    """Copies of a sampled batch on the agent's device, which the sampler does not overwrite; without weights.
+
+    Over several ranks those of all of them, one after another: what is read or decided on them is the same everywhere.
+    """
     inputs = steps.inputs_of(batch, agent.critic_group)
     names = [field.name for field in fields(Inputs) if field.name != "weight"]
-    return Inputs(**{name: getattr(inputs, name).to(agent.device, copy=True) for name in names})
+    copies = {name: getattr(inputs, name).to(agent.device, copy=True) for name in names}
+    return Inputs(**{name: agent.group.joined_rows(tensor) for name, tensor in copies.items()})
 
 
 def rows_of(inputs: Inputs, start: int, stop: int) -> Inputs:

@@ -25,6 +25,7 @@ def make_envs(
     role: Literal["train", "eval"],
     num_envs: int | None = None,
     rank: int = 0,
+    ranks: int = 1,
     rebuild: int = 0,
     transitions: int = 0,
 ) -> VectorEnv:
@@ -36,6 +37,7 @@ def make_envs(
         role: training and evaluation environments never share a seed.
         num_envs: overrides ``config.num_envs``.
         rank: of this process.
+        ranks: how many processes train together, each on as many environments.
         rebuild: how often the environments were built anew before.
         transitions: of the run so far, which say where a task that switches (``config.switch_every``) is.
 
@@ -48,7 +50,7 @@ def make_envs(
     count = config.num_envs if num_envs is None else num_envs
     if count is None or count < 1:
         raise ConfigurationError(f"env.num_envs={count} was given; expected a number of at least 1")
-    clock = Clock(transitions, pace=count if role == "train" else 0)
+    clock = Clock(transitions, pace=count * ranks if role == "train" else 0)
     return build_envs(config, environment_seeds(seed, role, rank, count, rebuild), clock)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,11 @@ from rlplastic.agents.flashsac.exploration import HeldNoise
 from rlplastic.agents.flashsac.networks import Actor, Critic, make_critic
 from rlplastic.agents.flow import FlowCritic
 from rlplastic.agents.layers import NormBounds
+from rlplastic.agents.pooling import reduction
 from rlplastic.agents.reward_scaling import RewardScaler
 from rlplastic.agents.soft_actor_critic import SoftActorCritic
 from rlplastic.config import CriticConfig, FlashSACConfig
+from rlplastic.distributed import ALONE, Group, Reduce
 
 SUPPORT = 5.0
 """Rewards are scaled so that returns stay within +-5, also where the critic's values have no bounds (published)."""
@@ -43,8 +46,11 @@ class FlashSAC(SoftActorCritic[update.Learner]):
         bf16: round the inputs and outputs of the losses' trunk products to bfloat16.
         compile: turns a loss function into a faster equal one (``torch.compile``), or leaves it.
         kernels: torch, or triton on a GPU, for the projections.
+        group: the ranks that learn together; ``num_envs`` are this one's.
+        bn_sync: see `rlplastic.agents.pooling`.
     """
 
+    COLUMNS = (*SoftActorCritic.COLUMNS, "noise.noise", "noise.remaining")
     ACTOR_ROWS = 2  # its joint forward on [s; s']
 
     def __init__(
@@ -61,6 +67,8 @@ class FlashSAC(SoftActorCritic[update.Learner]):
         bf16: bool = False,
         compile: Callable[[Any], Any] = lambda function: function,
         kernels: str = "torch",
+        group: Group = ALONE,
+        bn_sync: str = "running",
     ) -> None:
         assert agent.critic_width and agent.actor_width and agent.gamma is not None, "resolve the configuration first"
         critic_group = "critic" if "critic" in observation_dims else "policy"
@@ -72,16 +80,26 @@ class FlashSAC(SoftActorCritic[update.Learner]):
             )
         support = value.support if value.support < math.inf else SUPPORT
         super().__init__(
-            _learner(actor.to(device), value.to(device), action_dim, agent, bf16, compile, kernels),
+            _learner(
+                actor.to(device),
+                value.to(device),
+                action_dim,
+                agent,
+                bf16,
+                compile,
+                kernels,
+                partial(reduction, group, bn_sync),
+            ),
             agent,
-            RewardScaler(num_envs, agent.gamma, support, bool(agent.reward_scaling)),
+            RewardScaler(num_envs, agent.gamma, support, bool(agent.reward_scaling), group),
             action_dim=action_dim,
             critic_group=critic_group,
             seed=seed,
             planned_updates=planned_updates,
             device=device,
+            group=group,
         )
-        self._noise = HeldNoise(num_envs, action_dim, agent.noise_repeat_max, agent.noise_per_env, seed)
+        self._noise = HeldNoise(num_envs, action_dim, agent.noise_repeat_max, agent.noise_per_env, seed, group.rank)
 
     def exploration_noise(self, step: int, active: NDArray[np.bool_]) -> NDArray[np.float32]:
         """Noise that every environment holds for a while; see `rlplastic.agents.flashsac.exploration`."""
@@ -129,18 +147,20 @@ def _learner(
     bf16: bool,
     compile: Callable[[Any], Any],
     kernels: str,
+    reduce_with: Callable[..., Reduce],
 ) -> update.Learner:
     actor_bounds, critic_bounds = NormBounds(actor, kernels), NormBounds(critic, kernels)
     actor_bounds.project()
     critic_bounds.project()
     log_alpha = steps.log_alpha_of(agent.initial_alpha, actor)
+    target_critic = copy.deepcopy(critic).requires_grad_(False)
     return update.Learner(
         actor=actor,
         critic=critic,
-        target_critic=copy.deepcopy(critic).requires_grad_(False),
+        target_critic=target_critic,
         log_alpha=log_alpha,
-        actor_optimizer=Adam(actor.parameters()),
-        critic_optimizer=Adam(critic.parameters()),
+        actor_optimizer=Adam(actor.parameters(), reduce=reduce_with(actor)),
+        critic_optimizer=Adam(critic.parameters(), reduce=reduce_with(critic, target_critic)),
         temperature_optimizer=Adam([log_alpha]),
         actor_bounds=actor_bounds,
         critic_bounds=critic_bounds,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,13 @@ from rlplastic.agents import steps
 from rlplastic.agents.adam import Adam
 from rlplastic.agents.exploration import gaussian_noise
 from rlplastic.agents.flow import FlowCritic
+from rlplastic.agents.pooling import reduction
 from rlplastic.agents.reward_scaling import RewardScaler
 from rlplastic.agents.sac import update
 from rlplastic.agents.sac.networks import Actor, Critic, make_critic
 from rlplastic.agents.soft_actor_critic import SoftActorCritic
 from rlplastic.config import CriticConfig, SACConfig
+from rlplastic.distributed import ALONE, Group, Reduce
 
 
 class SAC(SoftActorCritic[steps.Learner]):
@@ -36,6 +39,8 @@ class SAC(SoftActorCritic[steps.Learner]):
         planned_updates: see `rlplastic.agents.soft_actor_critic.SoftActorCritic`; nothing without a final rate.
         device: where the networks live.
         compile: turns a loss function into a faster equal one (``torch.compile``), or leaves it.
+        group: the ranks that learn together; ``num_envs`` are this one's.
+        bn_sync: see `rlplastic.agents.pooling`; nothing without batch norms.
     """
 
     def __init__(
@@ -50,6 +55,8 @@ class SAC(SoftActorCritic[steps.Learner]):
         planned_updates: int | None = None,
         device: torch.device | str = "cpu",
         compile: Callable[[Any], Any] = lambda function: function,
+        group: Group = ALONE,
+        bn_sync: str = "running",
     ) -> None:
         assert agent.critic_width and agent.actor_width and agent.gamma is not None, "resolve the configuration first"
         critic_group = "critic" if "critic" in observation_dims else "policy"
@@ -67,20 +74,23 @@ class SAC(SoftActorCritic[steps.Learner]):
                 agent.layer_norm,
             )
         super().__init__(
-            _learner(actor.to(device), value.to(device), action_dim, agent, compile),
+            _learner(
+                actor.to(device), value.to(device), action_dim, agent, compile, partial(reduction, group, bn_sync)
+            ),
             agent,
             # Scalar critics have no support that returns must stay within: only the deviation divides.
-            RewardScaler(num_envs, agent.gamma, value.support, bool(agent.reward_scaling)),
+            RewardScaler(num_envs, agent.gamma, value.support, bool(agent.reward_scaling), group),
             action_dim=action_dim,
             critic_group=critic_group,
             seed=seed,
             planned_updates=planned_updates,
             device=device,
+            group=group,
         )
 
     def exploration_noise(self, step: int, active: NDArray[np.bool_]) -> NDArray[np.float32]:
         """Fresh noise in every step: actions are draws from the policy."""
-        return gaussian_noise(len(active), self.action_dim, self.seed, step)
+        return gaussian_noise(len(active), self.action_dim, self.seed, step, self.group.rank)
 
     def move(
         self, inputs: steps.Inputs, actor_noise: Tensor | None, critic_noise: steps.CriticNoise, budget_used: float
@@ -97,16 +107,22 @@ class SAC(SoftActorCritic[steps.Learner]):
 
 
 def _learner(
-    actor: Actor, critic: Critic | FlowCritic, action_dim: int, agent: SACConfig, compile: Callable[[Any], Any]
+    actor: Actor,
+    critic: Critic | FlowCritic,
+    action_dim: int,
+    agent: SACConfig,
+    compile: Callable[[Any], Any],
+    reduce_with: Callable[..., Reduce],
 ) -> steps.Learner:
     log_alpha = steps.log_alpha_of(agent.initial_alpha, actor)
+    target_critic = copy.deepcopy(critic).requires_grad_(False)
     return steps.Learner(
         actor=actor,
         critic=critic,
-        target_critic=copy.deepcopy(critic).requires_grad_(False),
+        target_critic=target_critic,
         log_alpha=log_alpha,
-        actor_optimizer=Adam(actor.parameters(), agent.weight_decay),
-        critic_optimizer=Adam(critic.parameters(), agent.weight_decay),
+        actor_optimizer=Adam(actor.parameters(), agent.weight_decay, reduce_with(actor)),
+        critic_optimizer=Adam(critic.parameters(), agent.weight_decay, reduce_with(critic, target_critic)),
         temperature_optimizer=Adam([log_alpha]),
         actor_loss=compile(update.actor_loss),
         critic_loss=compile(update.flow_critic_loss if isinstance(critic, FlowCritic) else update.critic_loss),
