@@ -8,8 +8,8 @@ bounds how many steps that can be.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -24,12 +24,13 @@ from rlplastic.agents.base import Agent
 from rlplastic.agents.flashsac import FlashSAC
 from rlplastic.agents.sac import SAC
 from rlplastic.checkpoint import CheckpointStore, Loaded, SegmentReference
+from rlplastic.command_line import first_line
 from rlplastic.config import ADAPTIVE, Config
 from rlplastic.distributed import ALONE, Group, share_of
 from rlplastic.envs import make_envs
 from rlplastic.envs.base import Observation, Step, VectorEnv, step
 from rlplastic.envs.episodes import EpisodeStatistics
-from rlplastic.errors import ConfigurationError, NonFiniteError, SegmentMissingError
+from rlplastic.errors import CheckpointError, ConfigurationError, NonFiniteError, SegmentMissingError
 from rlplastic.evaluation import Evaluation
 from rlplastic.guards import Guard
 from rlplastic.pacing import Pacer
@@ -248,12 +249,15 @@ class Session:
         Raises:
             CheckpointError: the checkpoint does not fit this configuration.
         """
-        for name, value in loaded.documents["progress"].items():
-            setattr(self.progress, name, value)
-        self.agent.load_state_dict(loaded.tensors("agent"))
-        self.first_update = self.agent.updates
-        if self.watcher is not None and "monitor" in loaded.groups:
-            self.watcher.load_state_dict(loaded.documents["monitor"], loaded.tensors("monitor"))
+        with _of_this_version(loaded):
+            for name, value in loaded.documents["progress"].items():
+                setattr(self.progress, name, value)
+            self.agent.load_state_dict(loaded.tensors("agent"))
+            self.first_update = self.agent.updates
+            if self.watcher is not None and "monitor" in loaded.groups:
+                self.watcher.load_state_dict(loaded.documents["monitor"], loaded.tensors("monitor"))
+            if self.pacer is not None:
+                self.pacer.load_state_dict(loaded.documents["pacer"], loaded.tensors("pacer"))
         replay = self.replay
         replay.clear()
         actions: dict[int, NDArray[np.float32]] = {}
@@ -268,8 +272,6 @@ class Session:
         loop = loaded.tensors("loop")
         self.episodes.load_state_dict({name: value.numpy() for name, value in part(loop, "episodes.").items()})
         self.metrics.load_state_dict(part(loop, "metrics."), self.agent.device)
-        if self.pacer is not None:
-            self.pacer.load_state_dict(loaded.documents["pacer"], loaded.tensors("pacer"))
         self.actions = [actions[index] for index in sorted(actions)]
         self._segments, self._saved_actions = tuple(segments), len(self.actions)
         if loaded.redealt:
@@ -310,6 +312,18 @@ class Session:
 def _time_limit(envs: VectorEnv) -> int:
     """Steps of a full episode."""
     return envs.max_episode_steps or DEFAULT_TIME_LIMIT
+
+
+@contextmanager
+def _of_this_version(loaded: Loaded) -> Iterator[None]:
+    """What state misses, or has in another shape, is told as a checkpoint that does not fit."""
+    try:
+        yield
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{loaded.path} does not fit this version of rlplastic ({type(error).__name__}: {first_line(error)}); go "
+            "on with the version that wrote it, or begin anew with fresh=true or another name"
+        ) from error
 
 
 def _stacked(actions: list[NDArray[np.float32]], envs: VectorEnv) -> Tensor:

@@ -102,6 +102,17 @@ def test_a_checkpoint_of_another_version_ends_with_exit_code_4(tmp_path: Path) -
     assert "999" in result.stderr
 
 
+def test_state_that_an_older_version_did_not_save_is_told_as_a_checkpoint_that_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlplastic.agents.flashsac.exploration import HeldNoise
+
+    train_agent([*SMALL, "env_steps=300", f"runs={tmp_path}", "name=run"], quiet=True)
+    monkeypatch.setattr(HeldNoise, "load_state_dict", lambda noise, state: state["what came later"])
+    with pytest.raises(CheckpointError, match=r"does not fit this version .*what came later.*fresh=true"):
+        train_agent([*SMALL, "env_steps=400", f"runs={tmp_path}", "name=run"], quiet=True)
+
+
 def test_a_full_disk_while_saving_costs_nothing_that_was_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
