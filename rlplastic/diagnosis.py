@@ -222,7 +222,7 @@ def _drawn(
     drawn = ring, rows, config.agent.n_step, config.agent.gamma, seeding.key("diagnosis", config.seed)
     inputs = subjects.inputs_of(agent, Sampler(*drawn).sample(seed, agent.reward_scale))
     if not ring.held_out:
-        reason = f"no episode is held out (replay.holdout={config.replay.holdout or 0:g})"
+        reason = f"the replay holds no held-out transition (replay.holdout={config.replay.holdout or 0:g})"
         return inputs, None, {"held_out_td_error, td_gap": reason}
     outside = Sampler(*drawn, held_out=True).sample(seed, agent.reward_scale)
     return inputs, subjects.held_out_td_error(agent, subjects.inputs_of(agent, outside), inputs), {}

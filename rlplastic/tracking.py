@@ -109,7 +109,10 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
         "weight norm": ["plasticity/(actor|critic)/all/weight_norm$"],
         "TD error held out, and its gap": ["plasticity/critic/all/held_out_td_(error|gap)$"],
     },
-    "replay": {"replay ratio": ["train/replay_ratio"]},
+    "replay": {
+        "replay ratio: asked for, and what happened": ["train/(replay_ratio|updates_per_transition)"],
+        "how often a transition is trained on": ["train/samples_per_transition"],
+    },
     "norm": {f"{network}: distance from the bounds": [f"norm/{network}_.*"] for network in ("actor", "critic")},
     "time": {
         "where the time goes": [f"speed/fraction_{name}" for name in SECTIONS],
@@ -118,7 +121,7 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
 }
 """Sections of TensorBoard's custom-scalars page, in their order: charts by heading, tags as regular expressions, which
 TensorBoard holds against the beginnings of tags."""
-SECTION_OF = {"train": "return", "eval": "return", "speed": "time"}
+SECTION_OF = {"train": "return", "eval": "return", "pace": "replay", "speed": "time"}
 """Where a scalar goes that `LAYOUT` does not name, if not into the section of its own name."""
 
 

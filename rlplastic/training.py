@@ -19,7 +19,7 @@ from rlplastic.agents import COLUMNS, make_agent, working_bytes
 from rlplastic.checkpoint import Loaded
 from rlplastic.command_line import flatten, override_key
 from rlplastic.composition import compose
-from rlplastic.config import HANDLING, Config, SACConfig
+from rlplastic.config import HANDLING, Config, SACConfig, schema
 from rlplastic.distributed import Group, joined, restarts
 from rlplastic.errors import ConfigurationError, telling_of_memory
 from rlplastic.evaluation import Evaluation
@@ -124,7 +124,7 @@ def _require_equal_settings(config: Config, group: Group) -> None:
 def _no_difference(path: Path, config: Config) -> list[str]:
     """Settings that make no other run of the one in ``path``: a monitor that only watches, then as now, changes none.
 
-    Settings that came after the run began, at the values that leave it as it was, do not either.
+    Settings that did not exist when the run began do not either, at their defaults.
     """
     try:
         stored = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
@@ -132,12 +132,13 @@ def _no_difference(path: Path, config: Config) -> list[str]:
         return []
     if not isinstance(stored, dict):
         return []
-    alike = []
+    # What a setting that came later does by default is what the run did before there was such a setting.
+    before, now = flatten(stored), flatten(asdict(config))
+    defaults = flatten(asdict(schema(config.agent.name, config.critic.kind)))
+    alike = [key for key, value in now.items() if key not in before and value == defaults.get(key)]
     passive = ("off", "watch")
     if stored.get("monitor", {}).get("mode", "off") in passive and config.monitor.mode in passive:
         alike.append("monitor")
-    if "priming_updates" not in stored and not config.priming_updates:
-        alike.append("priming_updates")
     return alike
 
 

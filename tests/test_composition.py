@@ -117,7 +117,6 @@ OUT_OF_RANGE = [
     "seed=-1",
     "replay_ratio=0",
     "replay_ratio=fast",
-    "adaptive.low=1",
     "replay_ratio=nan",
     "env_steps=0",
     "max_minutes=-1",

@@ -106,7 +106,9 @@ def test_what_there_is_no_data_for_is_called_unavailable(runs: dict[str, Path]) 
     held, all_sampled = (diagnose_run(runs[name], rows=ROWS, probe_steps=0) for name in ("sac", "flashsac"))
     assert held.td_error is not None and held.unavailable == {}
     assert all_sampled.td_error is None
-    assert all_sampled.unavailable == {"held_out_td_error, td_gap": "no episode is held out (replay.holdout=0)"}
+    assert all_sampled.unavailable == {
+        "held_out_td_error, td_gap": "the replay holds no held-out transition (replay.holdout=0)"
+    }
 
 
 def test_flat_metrics_of_a_bounded_agent_carry_the_reason_and_a_plain_ones_none(runs: dict[str, Path]) -> None:
@@ -141,7 +143,7 @@ def test_table_document_and_picture(runs: dict[str, Path], tmp_path: Path, capsy
     shown = capsys.readouterr().out
     assert "critic: learns" in shown and "probe ratio" in shown and "effective_rank" in shown
     assert "says nothing here: dormant 0, dormant_0.1 0 (batch norm gives every unit the same scale" in shown
-    assert "not measured: held_out_td_error, td_gap: no episode is held out" in shown
+    assert "not measured: held_out_td_error, td_gap: the replay holds no held-out transition" in shown
     written = (tmp_path / "diagnosis.json").read_text()
     assert "healthy" not in (shown + written).lower()
 

@@ -182,7 +182,7 @@ def test_a_live_view_says_that_it_films_while_it_films(tmp_path: Path, monkeypat
     console = Console(force_terminal=True, width=80, file=shown, color_system=None)
     monkeypatch.setattr("rlplastic.training.View", lambda live, quiet: View(console=console))
 
-    def record(act: object, env: object, path: Path, *, seed: int) -> str:
+    def record(act: object, env: object, path: Path, *, seed: int, transitions: int) -> str:
         deadline = time.monotonic() + 20
         while "filming" not in shown.getvalue() and time.monotonic() < deadline:
             time.sleep(0.02)

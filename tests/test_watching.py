@@ -112,8 +112,10 @@ def test_a_run_from_before_there_was_a_monitor_goes_on(tmp_path: Path) -> None:
     stored = OmegaConf.to_container(OmegaConf.load(file))
     assert isinstance(stored, dict)
     stored["monitor"] = {"mode": "off"}
-    del stored["priming_updates"]
+    del stored["priming_updates"], stored["adaptive"], stored["env"]["randomise"]
     file.write_text(OmegaConf.to_yaml(OmegaConf.create(stored)))
+    with pytest.raises(ConfigurationError, match="priming_updates"):
+        trained(tmp_path, "env_steps=260", "evaluation.every=0", "priming_updates=5")
     trained(tmp_path, "env_steps=260", "evaluation.every=0")
 
 

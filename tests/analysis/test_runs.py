@@ -136,7 +136,7 @@ def test_damaged_files_are_named_and_left_out(tmp_path: Path, name: str, text: s
     assert len(warnings) == 1 and f"{path / name} is damaged and left out" in warnings[0]
 
 
-@pytest.mark.parametrize("place", [0.75, 0.999])
+@pytest.mark.parametrize("place", [0.95, 0.999])
 def test_damaged_events_are_named_and_what_came_before_is_shown(tmp_path: Path, place: float) -> None:
     path = made_run(tmp_path / "run")
     (events,) = path.glob("*tfevents*")
