@@ -196,7 +196,7 @@ def joined(device: str, timeout: float) -> Iterator[Group]:
     Raises:
         DistributedError: the others did not come.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = world_size()
     if size == 1:
         yield ALONE
         return
@@ -213,6 +213,11 @@ def joined(device: str, timeout: float) -> Iterator[Group]:
         dist.init_process_group(backend, store=fresh, rank=rank, world_size=size, timeout=limit)
     yield group
     dist.destroy_process_group()  # after an error the others may be gone, and waiting for them would hide it
+
+
+def world_size() -> int:
+    """Ranks that `torchrun` started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_ranks() -> int:
@@ -232,13 +237,17 @@ def share_of(config: Config, group: Group) -> Config:
     minimum, cadences) and the replay ratio stay those of all ranks together.
 
     Raises:
-        ConfigurationError: environments or rows cannot be dealt out evenly.
+        ConfigurationError: environments or rows cannot be dealt out evenly, or losses that send messages be compiled.
     """
     config = copy.deepcopy(config)
     envs, batch, capacity = config.env.num_envs, config.replay.batch_size, config.replay.capacity
     assert envs and batch and capacity and config.env.threads, "resolve the configuration first"
     if group.size == 1:
         return config
+    if config.compile == "on" and config.distributed.bn_sync == "forward":
+        raise ConfigurationError(
+            "compile=on does not go with distributed.bn_sync=forward, whose losses send messages; leave one of them out"
+        )
     rows = {} if config.distributed.scale_batch else {"replay.batch_size": batch}
     for key, count in {"env.num_envs": envs, **rows}.items():
         if count % group.size:

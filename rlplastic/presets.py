@@ -18,7 +18,7 @@ import torch
 
 from rlplastic import pacing
 from rlplastic.config import ADAPTIVE, VARIANTS, Config
-from rlplastic.distributed import local_ranks
+from rlplastic.distributed import local_ranks, world_size
 from rlplastic.errors import ConfigurationError, nearest
 from rlplastic.kernels import dispatch
 from rlplastic.plasticity.interventions import INTERVENTIONS
@@ -188,7 +188,9 @@ class _Settling:
         kernels = dispatch.choose(config.kernels, config.device)
         self.settle("kernels", kernels.name, kernels.reason, kernels.warning)
         minutes = config.max_minutes if config.max_minutes is not None else math.inf
-        if self.on_cpu and machine.compiler is None:
+        if world_size() > 1 and config.distributed.bn_sync == "forward":
+            self.settle("compile", "off", "with distributed.bn_sync=forward a loss sends messages")
+        elif self.on_cpu and machine.compiler is None:
             self.settle("compile", "off", "no C++ compiler found (install g++ to train faster)")
         elif minutes < COMPILE_PAYS_MINUTES:
             self.settle("compile", "off", f"compiling would not pay within {minutes:g} minutes")

@@ -112,6 +112,15 @@ def test_what_cannot_be_dealt_out_evenly_is_refused(overrides: list[str], what: 
         share_of(resolved("env.num_envs=4", "replay.batch_size=32", *overrides), Group(0, 2))
 
 
+def test_messages_within_a_loss_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = ["distributed.bn_sync=forward", "compile=auto", "env_steps=1000000"]
+    assert resolved(*overrides).compile == "on"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert resolved(*overrides).compile == "off"
+    with pytest.raises(ConfigurationError, match="compile=on does not go with"):
+        share_of(resolved("distributed.bn_sync=forward", "compile=on"), Group(0, 2))
+
+
 def test_a_restart_and_the_ranks_of_a_machine_are_known_from_torchruns_variables(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
