@@ -62,12 +62,15 @@ def main(arguments: Sequence[str]) -> None:
 
     from rlplastic import diagnosis
     from rlplastic.diagnosis_views import draw, show
+    from rlplastic.policy import read_config
     from rlplastic.run_directory import require_writable, write_report
     from rlplastic.terminal import View, standard_console
 
     console = standard_console()
     view = View(live=False, console=console)
     out = Path(options.out or options.run or ".")
+    if options.run is not None:
+        read_config(Path(options.run))  # which tells of a run that is none, before its folder is missed
     require_writable(out / "diagnosis.json")
     with console.status("measuring"):
         if options.run is not None:
