@@ -66,7 +66,6 @@ class SoftActorCritic(ABC, Generic[L]):
     ) -> None:
         self.learner = learner
         self.config, self.device, self.seed, self.group = agent, torch.device(device), seed, group
-        self._update_seed = seeding.key("update", seed, group.rank) if group.rank else seed
         self.action_dim = action_dim
         self.updates = 0
         self.td_error: Tensor | None = None
@@ -122,7 +121,7 @@ class SoftActorCritic(ABC, Generic[L]):
 
     def update(self, batch: Batch, budget_used: float) -> dict[str, Tensor]:
         """One update on a batch whose rewards are already scaled, with noise of its own."""
-        rng = seeding.generator(self.device, self._update_seed, "update", self.updates)
+        rng = seeding.generator(self.device, self.update_seed, "update", self.updates)
         rows = len(batch.reward)
 
         def noise(count: int) -> Tensor:
@@ -132,6 +131,11 @@ class SoftActorCritic(ABC, Generic[L]):
         critic = self.learner.critic
         of_critic = critic.noise(rows, self.action_dim, rng) if isinstance(critic, FlowCritic) else noise(rows)
         return self.update_with(steps.inputs_of(batch, self.critic_group), actor_noise, of_critic, budget_used)
+
+    @property
+    def update_seed(self) -> int:
+        """Key of an update's noise: every rank draws its own, the first as a lone process does."""
+        return seeding.key("update", self.seed, self.group.rank) if self.group.rank else self.seed
 
     @property
     def actor_is_due(self) -> bool:

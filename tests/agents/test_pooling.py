@@ -248,5 +248,5 @@ def test_every_rank_explores_and_learns_with_noise_of_its_own_and_the_first_with
         alone, first, second = (agent_of(name, group) for group in (ALONE, Threads(0, 1), Threads(1, 2)))
         noises = [agent.exploration_noise(0, everywhere) for agent in (alone, first, second)]
         assert np.array_equal(noises[0], noises[1]) and not np.array_equal(noises[0], noises[2])
-        seeds = [agent._update_seed for agent in (alone, first, second)]
+        seeds = [agent.update_seed for agent in (alone, first, second)]
         assert seeds[0] == seeds[1] != seeds[2]
