@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -155,26 +156,46 @@ def _histories(document: Document, rows: list[NDArray[np.float32]]) -> list[tupl
 
 @dataclass(frozen=True)
 class ClosedLoop:
-    """evaluation: with the exported policy; largest_error: of its raw actions against the trained actor's, any step."""
+    """What driving a task with the exported policy gave.
+
+    evaluation: of it; error: the largest of its raw actions against the trained actor without rounding, in any step;
+    rounding: the largest of the trained actor's own.
+    """
 
     evaluation: Evaluation
-    largest_error: float
+    error: float
+    rounding: float
 
 
-def closed_loop(exported: OnnxPolicy, trained: Policy, seed: int, episodes: int) -> ClosedLoop:
-    """Drive the episodes of an evaluation with the exported ``actions``, mapped back by the document's box."""
+def closed_loop(
+    exported: OnnxPolicy,
+    trained: Policy,
+    exact: Callable[[NDArray[np.float32]], NDArray[np.float64]],
+    seed: int,
+    episodes: int,
+) -> ClosedLoop:
+    """Drive the episodes of an evaluation with the exported ``actions``, mapped back by the document's box.
+
+    Args:
+        exported: drives.
+        trained: the actor as it acted in training.
+        exact: raw actions (N, A) of that actor without rounding, of observations (N, D).
+        seed: of the evaluation.
+        episodes: of the evaluation.
+    """
     box = exported.document.action.box
-    largest = 0.0
+    errors, roundings = [0.0], [0.0]
 
     def act(observation: Observation) -> NDArray[np.float32]:
-        nonlocal largest
         actions = exported.act(observation["policy"]).astype(np.float64)
         raw = (actions - np.asarray(box.offset)) / np.asarray(box.scale)
-        largest = max(largest, float(np.abs(raw - trained.act(observation)).max()))
+        wanted = exact(observation["policy"])
+        errors.append(float(np.abs(raw - wanted).max()))
+        roundings.append(float(np.abs(trained.act(observation) - wanted).max()))
         sent: NDArray[np.float32] = np.clip(raw, -1, 1).astype(np.float32)
         return sent
 
-    return ClosedLoop(evaluate(act, trained.env, seed=seed, episodes=episodes), largest)
+    return ClosedLoop(evaluate(act, trained.env, seed=seed, episodes=episodes), max(errors), max(roundings))
 
 
 def overlap(first: Evaluation, second: Evaluation) -> bool:
