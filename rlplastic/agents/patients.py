@@ -20,7 +20,7 @@ from rlplastic.agents.sac import SAC
 from rlplastic.agents.sac import networks as sac_networks
 from rlplastic.agents.sac import update as sac_update
 from rlplastic.agents.steps import Inputs
-from rlplastic.agents.subjects import members_of, one_step
+from rlplastic.agents.subjects import flow_noise, members_of, one_step
 from rlplastic.plasticity.activations import Kind, ModuleReader, untouched
 from rlplastic.plasticity.patient import Hidden, Patient, States, hidden_layers
 
@@ -49,9 +49,6 @@ def _flashsac(agent: FlashSAC, inputs: Inputs | None) -> dict[str, Patient]:
         network = _fresh(agent, name, make, key)
         bound(network)()
         return network
-
-    def critic_output(module: nn.Module, states: States, training: bool) -> Tensor:
-        return _values(module, states, training)
 
     def policy_mean(module: nn.Module, states: States, training: bool) -> Tensor:
         mean: Tensor = module(*states, training)[0]
@@ -84,7 +81,7 @@ def _flashsac(agent: FlashSAC, inputs: Inputs | None) -> dict[str, Patient]:
             hidden=_expansions(critic),
             head=_heads(critic),
             unit_rows=_unit_rows(critic),
-            output=critic_output,
+            output=_values,
             bound=bound,
             reader=_bounded_reader,
             loss=None if inputs is None else _critic_loss(loss, learner, inputs),
@@ -98,9 +95,6 @@ def _sac(agent: SAC, inputs: Inputs | None) -> dict[str, Patient]:
     assert isinstance(actor, sac_networks.Actor) and isinstance(critic, sac_networks.Critic | FlowCritic)
     loss = sac_update.flow_critic_loss if isinstance(critic, FlowCritic) else sac_update.critic_loss
     members = members_of(agent)
-
-    def values(module: nn.Module, states: States, _training: bool) -> Tensor:
-        return _values(module, states)
 
     def policy_mean(module: nn.Module, states: States, _training: bool) -> Tensor:
         mean: Tensor = module(*states)[0]
@@ -133,7 +127,7 @@ def _sac(agent: SAC, inputs: Inputs | None) -> dict[str, Patient]:
             members=members,
             hidden=_sequences(critic, members),
             head=_heads(critic),
-            output=values,
+            output=lambda module, states, _training: _values(module, states),
             reader=lambda module: ModuleReader(module, lambda states: _values(module, states)),
             loss=None if inputs is None else _critic_loss(loss, learner, inputs),
         ),
@@ -256,9 +250,8 @@ def _critic_loss(
             target, alpha = learner.target_critic, learner.alpha()
             noise: steps.CriticNoise = torch.zeros_like(inputs.action)
             if isinstance(module, FlowCritic):
-                rng = seeding.generator(inputs.action.device, 0, "noise of measurements", 0)
-                noise = module.noise(len(inputs.action), inputs.action.shape[-1], rng)
-                noise = noise._replace(action=torch.zeros_like(noise.action))
+                of_flow = flow_noise(module, inputs)
+                noise = of_flow._replace(action=torch.zeros_like(of_flow.action))
             return loss(learner.actor, module, target, alpha, inputs, noise, learner.backup_entropy)[0]
 
     return of

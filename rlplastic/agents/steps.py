@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rlplastic.agents.adam import Adam
-from rlplastic.agents.flow import FlowNoise
+from rlplastic.agents.flow import FlowCritic, FlowNoise, Velocity
 
 if TYPE_CHECKING:
     from rlplastic.replay.sample import Batch
@@ -111,6 +111,11 @@ def policy_loss(
     return loss, metrics
 
 
+def entropy_bonus(alpha: Tensor, log_prob: Tensor, backup_entropy: bool) -> Tensor:
+    """What the entropy adds to the next state's value: -alpha log pi(a'|s'), or 0; as ``log_prob``."""
+    return -alpha * log_prob if backup_entropy else torch.zeros_like(log_prob)
+
+
 def value_loss(
     losses: Tensor, target_mean: Tensor, predicted: Tensor, bonus: Tensor, support: float, weight: Tensor | None
 ) -> tuple[Tensor, Metrics]:
@@ -138,6 +143,37 @@ def value_loss(
     if weight is not None:
         metrics["td_error"] = (target_mean - predicted).abs().mean(0)
     return loss, metrics
+
+
+def flow_loss(
+    critic: FlowCritic,
+    field: Velocity,
+    distilled: Tensor | None,
+    noise: FlowNoise,
+    targets: tuple[Tensor, Tensor],
+    bonus: Tensor,
+    weight: Tensor | None,
+) -> tuple[Tensor, Metrics]:
+    """Squared error of the velocities, and of the distilled critics against where these lead (arXiv 2509.06863).
+
+    Args:
+        critic: the flows.
+        field: its velocities at (s, a).
+        distilled: (members, B), what its distilled critics say there, if it has any.
+        noise: of the loss and of the reading.
+        targets: (B,), as they are regressed on and before they are clipped.
+        bonus: as for `value_loss`.
+        weight: as for `value_loss`.
+    """
+    target, target_mean = targets
+    losses = critic.losses(field, noise.source, noise.time, target)
+    with torch.no_grad():
+        read = critic.trajectory(field, noise.reading)[-1].mean(1)
+    if distilled is None:
+        return value_loss(losses, target_mean, read, bonus, critic.support, weight)
+    distances = (distilled - read).square()
+    loss, metrics = value_loss(losses + distances, target_mean, read, bonus, critic.support, weight)
+    return loss, metrics | {"loss/distilled": distances.detach().mean()}
 
 
 def actor_step(learner: Learner, inputs: Inputs, noise: Tensor, rate: float, *options: Any) -> Metrics:  # noqa: ANN401

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rlplastic import seeding
 from rlplastic.agents import steps
 from rlplastic.agents.flashsac import networks as flashsac
-from rlplastic.agents.flow import FlowCritic, FlowNoise
+from rlplastic.agents.flow import FlowCritic, FlowNoise, Velocity
 from rlplastic.agents.heads import Categorical, Values, squashed_sample
 from rlplastic.agents.sac import networks as sac
 from rlplastic.agents.soft_actor_critic import SoftActorCritic
@@ -222,7 +222,7 @@ def td_losses(agent: Agent, inputs: Inputs) -> Tensor:
     critic = agent.learner.critic
     target, _ = _targets(agent, inputs)
     if isinstance(critic, FlowCritic):
-        noise = _flow_noise(critic, inputs)
+        noise = flow_noise(critic, inputs)
         field = critic.field.given(inputs.critic_observation, inputs.action, *kind_of(critic).modes)
         return critic.losses(field, noise.source, noise.time, target).mean(0)
     output = _output(critic, inputs.critic_observation, inputs.action)
@@ -234,31 +234,27 @@ def _targets(agent: Agent, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """The target of the critic's outputs, and its mean (B,) before clipping."""
     learner = agent.learner
     target_critic = learner.target_critic
-    flows = isinstance(target_critic, FlowCritic)
-    noise = _flow_noise(target_critic, inputs).action if flows else None
-    action, log_prob = _actions(agent, inputs.next_observation, noise)
-    bonus = -learner.alpha() * log_prob if learner.backup_entropy else torch.zeros_like(log_prob)
-    if isinstance(target_critic, FlowCritic):
-        endpoints = _endpoints(target_critic, inputs, action)
+    noise = flow_noise(target_critic, inputs) if isinstance(target_critic, FlowCritic) else None
+    action, log_prob = _actions(agent, inputs.next_observation, None if noise is None else noise.action)
+    bonus = steps.entropy_bonus(learner.alpha(), log_prob, learner.backup_entropy)
+    if isinstance(target_critic, FlowCritic) and noise is not None:
+        endpoints = target_critic.trajectory(_next_field(target_critic, inputs, action), noise.target)[-1]
         return target_critic.target(endpoints, inputs.reward, inputs.discount, bonus)
     output = _output(target_critic, inputs.next_critic_observation, action)
     return _values_of(target_critic).target(output, inputs.reward, inputs.discount, bonus)
 
 
-def _endpoints(target_critic: FlowCritic, inputs: Inputs, action: Tensor) -> Tensor:
-    """Where the target's flows end at s' with each noise's own action (m, B, A): (members, m, B)."""
-    noise, observation = _flow_noise(target_critic, inputs), inputs.next_critic_observation
-    if isinstance(target_critic.field, flashsac.VelocityField):
-        repeated = observation.repeat(len(action), 1)
-        field = target_critic.field.given(repeated, action.flatten(0, 1), False, noises=len(action))
-    else:
-        field = target_critic.field.given(observation, action)
-    return target_critic.trajectory(field, noise.target)[-1]
+def _next_field(target_critic: FlowCritic, inputs: Inputs, action: Tensor) -> Velocity:
+    """The target's velocities at s' with each noise's own action (m, B, A)."""
+    observation = inputs.next_critic_observation
+    if not isinstance(target_critic.field, flashsac.VelocityField):
+        return target_critic.field.given(observation, action)
+    repeated = observation.repeat(len(action), 1)
+    return target_critic.field.given(repeated, action.flatten(0, 1), False, noises=len(action))
 
 
-def _flow_noise(critic: nn.Module, inputs: Inputs) -> FlowNoise:
-    """The same in every call."""
-    assert isinstance(critic, FlowCritic)
+def flow_noise(critic: FlowCritic, inputs: Inputs) -> FlowNoise:
+    """Everything random of a flow's loss on ``inputs``, the same in every call."""
     rng = seeding.generator(inputs.reward.device, 0, "noise of measurements", 0)
     return critic.noise(len(inputs.reward), inputs.action.shape[-1], rng)
 

@@ -82,7 +82,7 @@ def critic_loss(
         next_action, next_log_prob = squashed_sample(mean, log_std, noise)
         actions = torch.cat((inputs.action, next_action))
         next_outputs = target_critic(observations, actions, True, bf16)[:, rows:]
-        bonus = -alpha * next_log_prob if backup_entropy else torch.zeros_like(next_log_prob)
+        bonus = steps.entropy_bonus(alpha, next_log_prob, backup_entropy)
         target, target_mean = target_critic.values.target(next_outputs, inputs.reward, inputs.discount, bonus)
     outputs = critic(observations, actions, True, bf16)[:, :rows]
     losses, predicted = critic.values.losses(outputs, target), critic.values.expected(outputs.detach())
@@ -113,18 +113,13 @@ def flow_critic_loss(
         actions = torch.cat((inputs.action, next_action.flatten(0, 1)))
         next_field = target_critic.field.given(observations, actions, True, bf16, there, noises)
         endpoints = target_critic.trajectory(next_field, noise.target)[-1]
-        bonus = -alpha * next_log_prob if backup_entropy else torch.zeros_like(next_log_prob)
+        bonus = steps.entropy_bonus(alpha, next_log_prob, backup_entropy)
         target, target_mean = target_critic.target(endpoints, inputs.reward, inputs.discount, bonus)
     field = critic.field.given(observations, actions, True, bf16, here)
-    losses = critic.losses(field, noise.source, noise.time, target)
-    with torch.no_grad():
-        read = critic.trajectory(field, noise.reading)[-1].mean(1)
-    if critic.distilled is None:
-        return steps.value_loss(losses, target_mean, read, bonus, critic.support, inputs.weight)
-    distilled = critic.distilled(observations[: 2 * rows], actions[: 2 * rows], True, bf16)[:, here]
-    distances = (distilled - read).square()
-    loss, metrics = steps.value_loss(losses + distances, target_mean, read, bonus, critic.support, inputs.weight)
-    return loss, metrics | {"loss/distilled": distances.detach().mean()}
+    distilled = None
+    if critic.distilled is not None:
+        distilled = critic.distilled(observations[: 2 * rows], actions[: 2 * rows], True, bf16)[:, here]
+    return steps.flow_loss(critic, field, distilled, noise, (target, target_mean), bonus, inputs.weight)
 
 
 def target_entropy(action_dim: int, std: float) -> float:

@@ -33,7 +33,7 @@ def critic_loss(
         mean, log_std = actor(inputs.next_observation)
         next_action, next_log_prob = squashed_sample(mean, log_std, noise)
         next_outputs = target_critic(inputs.next_critic_observation, next_action)
-        bonus = -alpha * next_log_prob if backup_entropy else torch.zeros_like(next_log_prob)
+        bonus = steps.entropy_bonus(alpha, next_log_prob, backup_entropy)
         target, target_mean = target_critic.values.target(next_outputs, inputs.reward, inputs.discount, bonus)
     outputs = critic(inputs.critic_observation, inputs.action)
     losses, predicted = critic.values.losses(outputs, target), critic.values.expected(outputs.detach())
@@ -55,17 +55,13 @@ def flow_critic_loss(
         next_action, next_log_prob = squashed_sample(mean, log_std, noise.action)
         next_field = target_critic.field.given(inputs.next_critic_observation, next_action)
         endpoints = target_critic.trajectory(next_field, noise.target)[-1]
-        bonus = -alpha * next_log_prob if backup_entropy else torch.zeros_like(next_log_prob)
+        bonus = steps.entropy_bonus(alpha, next_log_prob, backup_entropy)
         target, target_mean = target_critic.target(endpoints, inputs.reward, inputs.discount, bonus)
     field = critic.field.given(inputs.critic_observation, inputs.action)
-    losses = critic.losses(field, noise.source, noise.time, target)
-    with torch.no_grad():
-        read = critic.trajectory(field, noise.reading)[-1].mean(1)
-    if critic.distilled is None:
-        return steps.value_loss(losses, target_mean, read, bonus, critic.support, inputs.weight)
-    distances = (critic.distilled(inputs.critic_observation, inputs.action) - read).square()
-    loss, metrics = steps.value_loss(losses + distances, target_mean, read, bonus, critic.support, inputs.weight)
-    return loss, metrics | {"loss/distilled": distances.detach().mean()}
+    distilled = None
+    if critic.distilled is not None:
+        distilled = critic.distilled(inputs.critic_observation, inputs.action)
+    return steps.flow_loss(critic, field, distilled, noise, (target, target_mean), bonus, inputs.weight)
 
 
 def actor_loss(
