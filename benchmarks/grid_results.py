@@ -373,6 +373,11 @@ def number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def with_interval(mean: float, half_width: float) -> str:
+    """A mean and its half-width, if there is one, for a table."""
+    return number(mean) + (f" ± {number(half_width)}" if math.isfinite(half_width) else "")
+
+
 def _tables(columns: Sequence[str], results: Sequence[Result]) -> list[str]:
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
@@ -383,8 +388,7 @@ def _tables(columns: Sequence[str], results: Sequence[Result]) -> list[str]:
         lines += ["| task | arm | runs | mean ± 95 % CI | per seed |", "|---|---|---|---|---|"]
         for (task, arm), members in groups.items():
             values = [getattr(member, column) for member in members]
-            mean, half_width = interval(values)
-            shown = number(mean) + (f" ± {number(half_width)}" if math.isfinite(half_width) else "")
+            shown = with_interval(*interval(values))
             per_seed = ", ".join(
                 f"{member.seed}: {number(value)}" for member, value in zip(members, values, strict=True)
             )

@@ -20,7 +20,7 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
-from grid_results import Result, interval, number, read_results, read_table, replace_file
+from grid_results import Result, interval, read_results, read_table, replace_file, with_interval
 
 EVENTS = (
     "alarm",
@@ -82,11 +82,7 @@ def update_decisions(directory: Path, runs: list[Result]) -> dict[str, dict[str,
 def paired(mine: dict[int, float], other: dict[int, float]) -> str:
     """Mean difference over the seeds that both have, with its interval."""
     differences = [value - other[seed] for seed, value in mine.items() if seed in other]
-    return _shown(*interval(differences)) if differences else ""
-
-
-def _shown(mean: float, half_width: float) -> str:
-    return number(mean) + (f" ± {number(half_width)}" if math.isfinite(half_width) else "")
+    return with_interval(*interval(differences)) if differences else ""
 
 
 def table(late: Returns, areas: Returns, decided: dict[str, dict[str, str]]) -> list[str]:
@@ -104,10 +100,10 @@ def table(late: Returns, areas: Returns, decided: dict[str, dict[str, str]]) -> 
         done = ", ".join(str(int(row["committed"]) + int(row["scheduled"]) // 2) for row in rows)
         false = ", ".join(row["false_alarm"] for row in rows)
         cells = (
-            *(task, arm, str(len(returns)), _shown(*interval(list(returns.values())))),
+            *(task, arm, str(len(returns)), with_interval(*interval(list(returns.values())))),
             f"{share:.2f}" if math.isfinite(share) else "",
             "" if arm == UNTREATED else paired(returns, late.get((task, UNTREATED), {})),
-            _shown(*interval(list(areas[task, arm].values()))),
+            with_interval(*interval(list(areas[task, arm].values()))),
             "" if arm == UNTREATED else paired(areas[task, arm], areas.get((task, UNTREATED), {})),
             *(done, false),
         )
