@@ -45,15 +45,17 @@ class EnvConfig:
     """Which task, on which backend, how many copies."""
 
     backend: str = "envpool"
-    """`envpool`, or `gymnasium` for any registered id."""
+    """`envpool`, `gymnasium` for any registered id, or `torch` for a simulator in torch."""
     task: str = "Humanoid-v5"
     """The task's name as the family spells it (`Ant-v5`, `humanoid-run`, `G1JoystickFlatTerrain`)."""
     family: str = "mujoco"
-    """mujoco, dmc, playground, metaworld, myosuite, classic or gymnasium: decides how `task` is looked up."""
+    """mujoco, dmc, playground, metaworld, myosuite, classic, gymnasium or torch: decides how `task` is looked up."""
     num_envs: int | None = None
     """Environments stepped together; None: chosen by the preset."""
     threads: int | None = None
     """Threads (envpool) that step them; None: one per core, at most one per environment."""
+    device: str | None = None
+    """torch backend only: where it simulates; None: where the learner is."""
     vectorization: str = "sync"
     """gymnasium backend only: `sync` steps in this process, `async` in one process per environment."""
     autoreset: str = "next_step"

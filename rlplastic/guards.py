@@ -10,14 +10,14 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlplastic.envs.base import Array, Observation, Step
+from rlplastic.envs.base import Array, Observation, Step, on_host
 from rlplastic.errors import NonFiniteError
 from rlplastic.progress import Progress
 from rlplastic.replay.ring import ReplayRing
@@ -40,26 +40,30 @@ class Guard:
         self._directory, self.replay, self._progress = directory, replay, progress
         self._batch: Batch | None = None
 
-    def check_observation(self, observation: Observation) -> None:
+    def check_observation(self, observation: Observation[Any]) -> None:
         """Refuse a non-finite observation (of a reset).
 
         Raises:
             NonFiniteError: naming the group, the environments and the step.
         """
+        observation = on_host(observation)
         for group, array in observation.items():
             self._check_array(f"observation '{group}'", array, observation)
 
-    def check_step(self, step: Step, action: NDArray[np.float32]) -> None:
+    def check_step(self, step: Step[Any], action: NDArray[np.float32] | Tensor) -> None:
         """Refuse a vector step with a non-finite observation, final observation or reward.
 
         Raises:
             NonFiniteError: naming the tensor, the environments and the step.
         """
-        evidence = {"action": action, "reward": step.reward, **step.observation}
-        for group, array in step.observation.items():
+        if "finite" in step.info and step.info["finite"].all():
+            return  # tensors, which the simulator's device has looked at
+        observation = on_host(step.observation)
+        evidence = {**on_host({"action": action}), "reward": step.reward, **observation}
+        for group, array in observation.items():
             self._check_array(f"observation '{group}'", array, evidence)
         self._check_array("reward", step.reward, evidence)
-        for group, array in step.info.get("final_observation", {}).items():
+        for group, array in on_host(step.info.get("final_observation", {})).items():
             ended = np.where((step.terminated | step.truncated)[:, None], array, 0)
             self._check_array(f"final observation '{group}'", ended, {**evidence, "final": ended})
 

@@ -15,14 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from rlplastic.command_line import stop_was_asked
 from rlplastic.errors import CheckpointWriteError, Interrupted, NonFiniteError
 from rlplastic.reporting import Follower, Reporter
-from rlplastic.session import Session
+from rlplastic.session import Actions, Session
 
 PRIMING_UPDATES_A_TURN = 100
 
@@ -86,17 +84,26 @@ def advance(session: Session) -> int:
     return added
 
 
-def _send(session: Session) -> NDArray[np.float32]:
+def _send(session: Session) -> Actions:
     """Choose actions and let the simulation begin."""
     progress = session.progress
     uniform = progress.transitions < session.uniform_until
-    action = session.agent.explore(session.observation, progress.vector_steps, session.episodes.active, uniform)
-    try:
+    action: Actions = session.agent.explore(
+        session.observation, progress.vector_steps, session.episodes.active, uniform
+    )
+    with _stopping(session, action):
         session.envs.send(action)
-    except NonFiniteError as error:
-        session.guard.stop("action", str(error), {"action": torch.from_numpy(action)})
     session.watch.lap("act")
     return action
+
+
+@contextmanager
+def _stopping(session: Session, action: Actions) -> Iterator[None]:
+    """What the environments say of a non-finite action stops the run, with the evidence."""
+    try:
+        yield
+    except NonFiniteError as error:
+        session.guard.stop("action", str(error), {"action": torch.as_tensor(action)})
 
 
 def _prime(session: Session) -> None:
@@ -127,10 +134,11 @@ def _learn(session: Session, due: int) -> None:
             watch.lap("monitor")
 
 
-def _receive(session: Session, action: NDArray[np.float32]) -> int:
+def _receive(session: Session, action: Actions) -> int:
     """Wait for the simulation and count what came; it is stored later (see `Session.received`)."""
     progress, watch = session.progress, session.watch
-    step = session.envs.receive()
+    with _stopping(session, action):
+        step = session.envs.receive()
     watch.lap("env")
     session.guard.check_step(step, action)
     valid = session.episodes.observe(step)

@@ -30,7 +30,7 @@ COMPILE_PAYS_MINUTES = 3.0
 COMPILE_PAYS_STEPS = 50_000
 LARGE_GPU_GIGABYTES = 24.0
 """From here on a GPU gets the published replay of 10 M transitions (14.7 GB for Humanoid)."""
-MACHINE_KEYS = ("device", "threads", "env.threads", "precision", "kernels", "compile")
+MACHINE_KEYS = ("device", "threads", "env.threads", "env.device", "precision", "kernels", "compile")
 """Settings that belong to a machine and are chosen anew when a run is taken to another one."""
 FEW_CORES = 16
 """Below this a CPU gets small networks and batches."""
@@ -117,10 +117,8 @@ def probe_machine(device: str) -> Machine:
     if parsed.type == "cuda":
         with torch.cuda.device(parsed):
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        name, gigabytes = (
-            torch.cuda.get_device_name(parsed),
-            torch.cuda.get_device_properties(parsed).total_memory / 1e9,
-        )
+        name = torch.cuda.get_device_name(parsed)
+        gigabytes = torch.cuda.get_device_properties(parsed).total_memory / 1e9
     else:
         bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         device, name, gigabytes = "cpu", "cpu", 0.0
@@ -205,6 +203,8 @@ class _Settling:
         self.settle("env.num_envs", 8 if self.on_cpu else min(1024, 32 * machine.cores), self.kind)
         envs = config.env.num_envs or 1
         self.settle("env.threads", min(envs, machine.cores), "one per core, at most one per environment")
+        if config.env.backend == "torch":
+            self.settle("env.device", config.device, "the learner's, so that nothing has to travel")
         small = self.on_cpu and machine.cores < FEW_CORES
         network = "an update must stay cheap on few cores" if small else "published"
         self.settle("agent.critic_width", 64 if small else 256, network)
@@ -354,7 +354,7 @@ MOST = {
 }
 """Beyond these a typing error is likelier than an intention, and the machine would hang or run out of memory."""
 CHOICES: dict[str, tuple[str, ...]] = {
-    "env.backend": ("envpool", "gymnasium"),
+    "env.backend": ("envpool", "gymnasium", "torch"),
     "env.vectorization": ("sync", "async"),
     "env.autoreset": ("next_step", "same_step", "disabled"),
     "env.switch": ("friction", "observations", "actions"),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from rlplastic.command_line import first_line
 from rlplastic.config import ADAPTIVE, Config
 from rlplastic.distributed import ALONE, Group, share_of
 from rlplastic.envs import make_envs
-from rlplastic.envs.base import Observation, Step, VectorEnv, step
+from rlplastic.envs.base import Observation, Step, VectorEnv, on_host, step
 from rlplastic.envs.episodes import EpisodeStatistics
 from rlplastic.errors import CheckpointError, ConfigurationError, NonFiniteError, SegmentMissingError
 from rlplastic.evaluation import Evaluation
@@ -51,6 +51,10 @@ COMPILED_UPDATES = 2
 """Updates of a process that compile: the first with an actor step and the first without."""
 
 
+Actions: TypeAlias = NDArray[np.float32] | Tensor
+"""(N, A), as the environments take them."""
+
+
 @dataclass(frozen=True)
 class Segment:
     """A saved piece of the replay: where it lies, and what it holds."""
@@ -69,7 +73,7 @@ class Session:
     config: Config
     directory: RunDirectory
     store: CheckpointStore | ShardedStore
-    envs: VectorEnv
+    envs: VectorEnv[Any]
     agent: Agent
     replay: ReplayRing
     sampler: Sampler | PrefetchingSampler
@@ -78,7 +82,7 @@ class Session:
     budget: Budget
     replay_ratio: ReplayRatio
     progress: Progress
-    observation: Observation
+    observation: Observation[Any]
     """What the environments returned last."""
     uniform_until: int
     """Transitions collected with uniform random actions."""
@@ -92,9 +96,9 @@ class Session:
     """That of the finished run; saved with it, so that rerunning the command can tell it again."""
     metrics: MetricMeans = field(default_factory=MetricMeans)
     watch: Stopwatch = field(default_factory=Stopwatch)
-    actions: list[NDArray[np.float32]] = field(default_factory=list)
-    """Every vector of actions since the environments were built."""
-    received: tuple[NDArray[np.float32], Step, NDArray[np.bool_]] | None = None
+    actions: list[Actions] = field(default_factory=list)
+    """Every vector of actions since the environments were built, where they could repeat what it led to."""
+    received: tuple[Actions, Step[Any], NDArray[np.bool_]] | None = None
     """The newest actions, answer and (N,) validity, until they are stored: that can wait for the next simulation."""
     first_update: int = 0
     """The agent's updates when this process began."""
@@ -127,7 +131,12 @@ class Session:
 
     @property
     def rebuild_is_due(self) -> bool:
-        """Whether the environments have been stepped as long as the configuration allows."""
+        """Whether the environments have been stepped as long as the configuration allows.
+
+        What cannot be repeated is only built anew on request: there is no replay of actions to bound.
+        """
+        if not (self.envs.deterministic or self.config.env.rebuild_every):
+            return False
         return self.progress.vector_steps - self.progress.built_at >= self._rebuild_every
 
     @property
@@ -137,6 +146,8 @@ class Session:
     @property
     def logged_action_bytes(self) -> int:
         """The most that `actions` will hold before the environments are built anew, or the budget is spent."""
+        if not self.envs.deterministic:
+            return 0
         steps = self._rebuild_every
         if self.config.env_steps is not None:
             steps = min(steps, self.config.env_steps // (self.envs.num_envs * self.group.size))
@@ -149,7 +160,8 @@ class Session:
         action, answer, valid = self.received
         self.agent.observe(answer, valid)
         self.replay.add(action, answer, valid)
-        self.actions.append(action)
+        if self.envs.deterministic:
+            self.actions.append(action)
         self.received = None
 
     def rebuild(self) -> None:
@@ -175,6 +187,7 @@ class Session:
             ranks=self.group.size,
             rebuild=self.progress.builds,
             transitions=self.progress.built_after,
+            tensors=True,
         )
 
     # Saving
@@ -206,7 +219,7 @@ class Session:
         segment |= {"actions": _stacked(self.actions[first_action:], self.envs)}
         segment |= {"first_action": torch.tensor(first_action), "builds": torch.tensor(self.progress.builds)}
         arrays = {f"episodes.{name}": torch.from_numpy(np.asarray(a)) for name, a in self.episodes.state_dict().items()}
-        arrays |= {f"observation.{group}": torch.from_numpy(array) for group, array in self.observation.items()}
+        arrays |= {f"observation.{group}": torch.as_tensor(rows) for group, rows in self.observation.items()}
         documents = {"progress": asdict(self.progress), "logs": log_lengths, "finished": finished}
         if self.final_evaluation is not None:
             documents["evaluation"] = {name: array.tolist() for name, array in vars(self.final_evaluation).items()}
@@ -260,7 +273,7 @@ class Session:
                 self.pacer.load_state_dict(loaded.documents["pacer"], loaded.tensors("pacer"))
         replay = self.replay
         replay.clear()
-        actions: dict[int, NDArray[np.float32]] = {}
+        actions: dict[int, Actions] = {}
         segments = []
         for reference, segment in zip(loaded.segment_references, loaded.segments(), strict=True):
             replay.import_rows(part(segment, "replay."))
@@ -299,7 +312,8 @@ class Session:
             self.observation = self.envs.reset()
             for action in track(self.actions, "replaying actions"):
                 self.observation = step(self.envs, action).observation
-            if any(not np.array_equal(self.observation[group], array) for group, array in saved.items()):
+            ended = on_host(self.observation)
+            if any(not np.array_equal(ended[group], array) for group, array in saved.items()):
                 reason = "the replayed environments ended in other observations than the saved ones"
         if self.group.all(not reason):
             return f"exact: {expected} vector steps replayed, last observations equal bit for bit"
@@ -309,7 +323,7 @@ class Session:
         return f"fresh episodes, since {reason}"
 
 
-def _time_limit(envs: VectorEnv) -> int:
+def _time_limit(envs: VectorEnv[Any]) -> int:
     """Steps of a full episode."""
     return envs.max_episode_steps or DEFAULT_TIME_LIMIT
 
@@ -326,10 +340,10 @@ def _of_this_version(loaded: Loaded) -> Iterator[None]:
         ) from error
 
 
-def _stacked(actions: list[NDArray[np.float32]], envs: VectorEnv) -> Tensor:
+def _stacked(actions: list[Actions], envs: VectorEnv[Any]) -> Tensor:
     if not actions:
         return torch.zeros(0, envs.num_envs, envs.action_dim)
-    return torch.from_numpy(np.stack(actions))
+    return torch.stack([torch.as_tensor(action).cpu() for action in actions])
 
 
 def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -365,7 +379,7 @@ def build(
         importlib.import_module(config.env.backend)  # whose memory must not count as that of environments
     before = resident_bytes()
     config = share_of(config, group)
-    envs = make_envs(config.env, seed=config.seed, role="train", rank=group.rank, ranks=group.size)
+    envs = make_envs(config.env, seed=config.seed, role="train", rank=group.rank, ranks=group.size, tensors=True)
     try:
         observation = envs.reset()
         each = max(resident_bytes() - before - FIRST_ENVIRONMENT, 0) // envs.num_envs
@@ -377,7 +391,7 @@ def build(
         raise
 
 
-def _replay(config: Config, envs: VectorEnv, rank: int) -> tuple[ReplayRing, Sampler | PrefetchingSampler]:
+def _replay(config: Config, envs: VectorEnv[Any], rank: int) -> tuple[ReplayRing, Sampler | PrefetchingSampler]:
     settings = config.replay
     assert settings.capacity and settings.batch_size and config.agent.gamma is not None
     pinned = settings.device == "pinned"
@@ -418,8 +432,8 @@ def _build(
     make_agent: Callable[..., Agent],
     store: CheckpointStore | ShardedStore,
     group: Group,
-    envs: VectorEnv,
-    observation: Observation,
+    envs: VectorEnv[Any],
+    observation: Observation[Any],
 ) -> Session:
     settings = config.replay
     assert settings.minimum

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rlplastic.envs.base import Observation, Step
+from rlplastic.envs.base import Observation, Rows, Step
 
 if TYPE_CHECKING:
     from rlplastic.replay.sample import Batch
 
 
 class Agent(Protocol):
-    """An off-policy agent: acts on numpy observations, learns from batches on its device."""
+    """An off-policy agent: acts on observations, learns from batches on its device."""
 
     COLUMNS: ClassVar[tuple[str, ...]]
     """Entries of the state that have a row per environment, of which every rank has its own; all else is the same on
@@ -38,20 +38,20 @@ class Agent(Protocol):
         """Scalar on the device that rewards are multiplied with at sampling time."""
         ...
 
-    def explore(
-        self, observation: Observation, step: int, active: NDArray[np.bool_], uniform: bool
-    ) -> NDArray[np.float32]:
+    def explore(self, observation: Observation[Rows], step: int, active: NDArray[np.bool_], uniform: bool) -> Rows:
         """Actions (N, A) in [-1, 1] for vector step ``step``; a pure function of state, (seed, step) and observation.
+
+        For observations that are tensors they are one, on the same device.
 
         Where ``active`` (N,) is False the environment will ignore the action. ``uniform`` asks for random actions.
         """
         ...
 
-    def act(self, observation: Observation) -> NDArray[np.float32]:
+    def act(self, observation: Observation[Rows]) -> Rows:
         """Deterministic actions (N, A): what evaluation and export use."""
         ...
 
-    def observe(self, step: Step, valid: NDArray[np.bool_]) -> None:
+    def observe(self, step: Step[Any], valid: NDArray[np.bool_]) -> None:
         """Take in a vector step's rewards (for reward scaling); called once per step, before any update on it."""
         ...
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 import torch
@@ -22,12 +22,25 @@ from rlplastic.agents.flow import FlowCritic
 from rlplastic.agents.reward_scaling import RewardScaler
 from rlplastic.config import FlashSACConfig, SACConfig
 from rlplastic.distributed import ALONE, Group
-from rlplastic.envs.base import Observation, Step
+from rlplastic.envs.base import Observation, Rows, Step
+from rlplastic.kernels.replay_insert import upload
 
 if TYPE_CHECKING:
     from rlplastic.replay.sample import Batch
 
 L = TypeVar("L", bound=steps.Learner)
+
+
+def _like(observation: Rows, actions: NDArray[np.float32] | Tensor) -> Rows:
+    """The actions as the observation came: an array on the host, or a tensor on its device."""
+    like: Any = observation
+    answer: Any = actions
+    if isinstance(like, Tensor):
+        answer = upload(actions, like.device)
+    elif isinstance(actions, Tensor):
+        answer = actions.cpu().numpy()
+    rows: Rows = answer
+    return rows
 
 
 class SoftActorCritic(ABC, Generic[L]):
@@ -87,30 +100,24 @@ class SoftActorCritic(ABC, Generic[L]):
         """Standard-normal noise (N, A) of vector step ``step``; see `rlplastic.agents.base.Agent.explore`."""
 
     @torch.no_grad()
-    def explore(
-        self, observation: Observation, step: int, active: NDArray[np.bool_], uniform: bool
-    ) -> NDArray[np.float32]:
+    def explore(self, observation: Observation[Rows], step: int, active: NDArray[np.bool_], uniform: bool) -> Rows:
         """Actions tanh(mean + std * noise), or uniform random ones."""
         if uniform:
-            return uniform_actions(len(active), self.action_dim, self.seed, step, self.group.rank)
-        noise = torch.from_numpy(self.exploration_noise(step, active)).to(self.device)
-        mean, log_std = self.learner.actor(self._policy_input(observation))
-        actions: NDArray[np.float32] = torch.tanh(mean + log_std.exp() * noise).cpu().numpy()
-        return actions
+            random = uniform_actions(len(active), self.action_dim, self.seed, step, self.group.rank)
+            return _like(observation["policy"], random)
+        noise = upload(self.exploration_noise(step, active), self.device)
+        mean, log_std = self.learner.actor(upload(observation["policy"], self.device))
+        return _like(observation["policy"], torch.tanh(mean + log_std.exp() * noise))
 
     @torch.no_grad()
-    def act(self, observation: Observation) -> NDArray[np.float32]:
+    def act(self, observation: Observation[Rows]) -> Rows:
         """Deterministic actions tanh(mean), (N, A)."""
-        mean, _ = self.learner.actor(self._policy_input(observation))
-        actions: NDArray[np.float32] = torch.tanh(mean).cpu().numpy()
-        return actions
-
-    def _policy_input(self, observation: Observation) -> Tensor:
-        return torch.from_numpy(observation["policy"]).to(self.device)
+        mean, _ = self.learner.actor(upload(observation["policy"], self.device))
+        return _like(observation["policy"], torch.tanh(mean))
 
     # Learning
 
-    def observe(self, step: Step, valid: NDArray[np.bool_]) -> None:
+    def observe(self, step: Step[Any], valid: NDArray[np.bool_]) -> None:
         """Take in one vector step's rewards; the scale used by the next sampled batch follows."""
         self._scaler.observe(step.reward, step.terminated | step.truncated, valid)
 

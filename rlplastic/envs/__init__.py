@@ -1,4 +1,4 @@
-"""Environments: one contract (`base`), two adapters (envpool, gymnasium), and a checker for your own.
+"""Environments: one contract (`base`), three adapters (envpool, gymnasium, torch), and a checker for your own.
 
 Importing this package imports no simulator.
 """
@@ -28,6 +28,7 @@ def make_envs(
     ranks: int = 1,
     rebuild: int = 0,
     transitions: int = 0,
+    tensors: bool = False,
 ) -> VectorEnv:
     """The environments that a configuration describes, with seeds that depend on all arguments.
 
@@ -40,6 +41,7 @@ def make_envs(
         ranks: how many processes train together, each on as many environments.
         rebuild: how often the environments were built anew before.
         transitions: of the run so far, which say where a task that switches (``config.switch_every``) is.
+        tensors: leave what a simulator in torch computes on its device: a ``VectorEnv[Tensor]``.
 
     Raises:
         ConfigurationError: unknown backend, family, task or option.
@@ -51,22 +53,37 @@ def make_envs(
     if count is None or count < 1:
         raise ConfigurationError(f"env.num_envs={count} was given; expected a number of at least 1")
     clock = Clock(transitions, pace=count * ranks if role == "train" else 0)
-    return build_envs(config, environment_seeds(seed, role, rank, count, rebuild), clock)
+    return build_envs(config, environment_seeds(seed, role, rank, count, rebuild), clock, tensors)
 
 
-def build_envs(config: EnvConfig, seeds: list[int], clock: Clock = Clock()) -> VectorEnv:  # noqa: B008 - immutable
+def build_envs(
+    config: EnvConfig,
+    seeds: list[int],
+    clock: Clock = Clock(),  # noqa: B008 - immutable
+    tensors: bool = False,
+) -> VectorEnv:
     """One environment per construction seed; ``config.num_envs`` is not read. Errors as in `make_envs`."""
     changing = changes(config)
     kwargs = {str(name): value for name, value in config.kwargs.items()}
+    if changing and config.backend in ("envpool", "torch"):
+        raise ConfigurationError(
+            f"{config.backend} lets nobody change its tasks ({', '.join(changing)}); expected env.backend=gymnasium "
+            "with env.randomise and env.switch_every: other simulators have noise and pushes of their own in env.kwargs"
+        )
+    if (config.family == "torch") != (config.backend == "torch"):
+        raise ConfigurationError(
+            f"the family {config.family} does not go with env.backend={config.backend}; expected env=torch, which sets "
+            "both, for a factory in torch"
+        )
+    if config.backend == "torch":
+        from rlplastic.envs.torch_adapter import TorchEnv, find_factory
+
+        factory, device = find_factory(config.task), config.device or "cpu"
+        return TorchEnv(factory, seeds, device, kwargs, config.task, arrays=not tensors)
     if config.backend == "envpool":
         if config.family == "gymnasium":
             raise ConfigurationError(
                 "the family gymnasium has no envpool tasks; expected env.backend=gymnasium with it"
-            )
-        if changing:
-            raise ConfigurationError(
-                f"envpool lets nobody change its tasks ({', '.join(changing)}); expected env.backend=gymnasium with "
-                "env.randomise and env.switch_every: MuJoCo Playground has noise and pushes of its own in env.kwargs"
             )
         from rlplastic.envs.catalogue import resolve
         from rlplastic.envs.envpool_adapter import EnvpoolEnv
@@ -75,7 +92,7 @@ def build_envs(config: EnvConfig, seeds: list[int], clock: Clock = Clock()) -> V
         return EnvpoolEnv(task, len(seeds), seeds, threads=config.threads, kwargs=kwargs)
     if config.backend != "gymnasium":
         raise ConfigurationError(
-            f"env.backend={config.backend} is unknown; {nearest(config.backend, ('envpool', 'gymnasium'))}"
+            f"env.backend={config.backend} is unknown; {nearest(config.backend, ('envpool', 'gymnasium', 'torch'))}"
         )
     if config.family not in ("gymnasium", "mujoco", "classic"):
         raise ConfigurationError(

@@ -11,20 +11,31 @@ declared ways (names as in gymnasium):
 Observations are dictionaries of float32 arrays (num_envs, dim): ``policy`` always, ``critic`` too where the task has
 privileged observations. Actions enter as float32 (num_envs, action_dim) in [-1, 1]; the adapter maps them affinely to
 the task's own bounds.
+
+Where a simulator computes in torch, observations and actions may be tensors on its device instead of numpy arrays
+(`VectorEnv` of ``Tensor``): whole vectors then never travel. What is one number per environment, rewards and ends, is
+always a numpy array: the host has to decide by it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import TypeVar
 
 from rlplastic.errors import EnvironmentContractError, NonFiniteError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Array = NDArray[Any]
-Observation = dict[str, NDArray[np.float32]]
+Rows = TypeVar("Rows", bound="NDArray[np.float32] | Tensor", default=NDArray[np.float32])
+"""Vectors of all environments, (N, dim) float32: numpy arrays, or torch tensors on the simulator's device."""
+Observation: TypeAlias = dict[str, Rows]
 
 
 class AutoresetMode(StrEnum):
@@ -34,14 +45,15 @@ class AutoresetMode(StrEnum):
     SAME_STEP = "same_step"
 
 
-class Step(NamedTuple):
+class Step(NamedTuple, Generic[Rows]):
     """What one vector step returns.
 
     observation: groups of (N, dim) float32; reward: (N,) float32; terminated, truncated: (N,) bool;
-    info: backend's extras, and ``final_observation`` under SAME_STEP.
+    info: backend's extras, ``final_observation`` under SAME_STEP and, where observations are tensors, ``finite``: (N,)
+    bool, whether the row's numbers are, as seen on the device while nobody waited for it.
     """
 
-    observation: Observation
+    observation: Observation[Rows]
     reward: NDArray[np.float32]
     terminated: NDArray[np.bool_]
     truncated: NDArray[np.bool_]
@@ -49,7 +61,7 @@ class Step(NamedTuple):
 
 
 @runtime_checkable
-class VectorEnv(Protocol):
+class VectorEnv(Protocol[Rows]):
     """The contract. ``send`` and ``receive`` are the two halves of ``step``, so that a learner can work in between."""
 
     num_envs: int
@@ -66,11 +78,11 @@ class VectorEnv(Protocol):
     description: str
     """One line for the start-up banner: backend and version, task, threads."""
 
-    def reset(self) -> Observation:
+    def reset(self) -> Observation[Rows]:
         """Start an episode in every environment."""
         ...
 
-    def send(self, actions: NDArray[np.float32]) -> None:
+    def send(self, actions: Rows) -> None:
         """Check ``actions`` ((N, action_dim), float32, finite, in [-1, 1]) and start stepping.
 
         Raises:
@@ -79,8 +91,12 @@ class VectorEnv(Protocol):
         """
         ...
 
-    def receive(self) -> Step:
-        """Wait for the step that ``send`` started."""
+    def receive(self) -> Step[Rows]:
+        """Wait for the step that ``send`` started.
+
+        Raises:
+            NonFiniteError: an action is not finite, which could not be told sooner without waiting for a device.
+        """
         ...
 
     def close(self) -> None:
@@ -88,10 +104,15 @@ class VectorEnv(Protocol):
         ...
 
 
-def step(envs: VectorEnv, actions: NDArray[np.float32]) -> Step:
+def step(envs: VectorEnv[Rows], actions: Rows) -> Step[Rows]:
     """One whole vector step."""
     envs.send(actions)
     return envs.receive()
+
+
+def on_host(groups: Mapping[str, Any]) -> Observation:
+    """Groups of arrays or tensors as numpy arrays; those of tensors on a CPU share their memory."""
+    return {name: rows if isinstance(rows, np.ndarray) else rows.cpu().numpy() for name, rows in groups.items()}
 
 
 class ActionMap:

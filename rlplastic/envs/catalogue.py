@@ -2,7 +2,8 @@
 
 Families and their spelling: ``mujoco`` and ``classic`` as in gymnasium (`Ant-v5`), ``dmc`` as in dm_control
 (`humanoid-run`), ``playground`` as in MuJoCo Playground (`G1JoystickFlatTerrain`), ``metaworld`` as in Meta-World
-(`reach-v3`), ``myosuite`` as in MyoSuite (`myoElbowPose1D6MRandom-v0`).
+(`reach-v3`), ``myosuite`` as in MyoSuite (`myoElbowPose1D6MRandom-v0`). A task of the family ``torch`` is a factory,
+`module:function` (see `rlplastic.envs.torch_adapter`).
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ EXAMPLES: Mapping[str, str] = {
     "myosuite": "myoHandPoseFixed-v0",
     "classic": "Pendulum-v1",
     "gymnasium": "HalfCheetah-v5",
+    "torch": "examples.torch_pendulum:make",
 }
 """One task of every family, told where a family is chosen without a task."""
 FAMILIES = tuple(EXAMPLES)
@@ -101,6 +103,8 @@ does not declare are never filled. Tasks not listed agree with dm_control in nam
 def tasks(family: str) -> dict[str, str]:
     """Every task of a family: the family's own spelling to envpool's id. ``gymnasium`` lists gymnasium's registry.
 
+    ``torch`` has only our example.
+
     Raises:
         ConfigurationError: unknown family.
     """
@@ -114,6 +118,8 @@ def tasks(family: str) -> dict[str, str]:
         import gymnasium
 
         return {name: name for name in gymnasium.registry}
+    if family == "torch":  # a factory is anybody's: nothing lists them
+        return {EXAMPLES["torch"]: EXAMPLES["torch"]}
     if family not in FAMILIES:
         raise ConfigurationError(f"there is no environment family {family!r}; {nearest(family, FAMILIES)}")
     import envpool

@@ -37,10 +37,10 @@ _VECTORIZATIONS = ("sync", "async")
 _AUTORESETS = ("next_step", "same_step", "disabled")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _NOT_THE_ENVIRONMENT = re.compile(
-    r"-packages/(gymnasium/(?!envs/)|numpy/)|^<"
-    rf"|^{re.escape(__file__)}|^{re.escape(os.path.dirname(os.__file__))}/(?!.*-packages/)"
+    r"-packages/(gymnasium/(?!envs/)|numpy/|torch/)|^<"
+    rf"|^{re.escape(os.path.dirname(__file__))}|^{re.escape(os.path.dirname(os.__file__))}/(?!.*-packages/)"
 )
-"""Whose lines say nothing about an environment's fault: gymnasium's, numpy's, the standard library's and ours."""
+"""Whose lines say nothing about an environment's fault: those of libraries, and ours."""
 
 
 class GymnasiumEnv:

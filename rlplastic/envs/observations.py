@@ -1,8 +1,8 @@
 """From what a simulator returns to the contract's observation groups: flat float32 ``policy`` and ``critic``.
 
 A simulator returns one array or a dictionary of named terms. All terms go to ``policy``, concatenated in the order in
-which the task declares them, except ``privileged_state`` (MuJoCo Playground's name for what only the simulator knows),
-which becomes ``critic``.
+which the task declares them, except what only the simulator knows: ``privileged_state`` (MuJoCo Playground's name for
+it) or ``critic`` (that of simulators in torch), which becomes ``critic``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rlplastic.envs.base import Array, Observation
 from rlplastic.errors import EnvironmentContractError
 
-PRIVILEGED = "privileged_state"
+PRIVILEGED = ("privileged_state", "critic")
 
 
 class ObservationLayout:
@@ -37,7 +37,7 @@ class ObservationLayout:
         self.terms: dict[str, list[tuple[str, slice]]] = {"policy": []}
         self.dims: dict[str, int] = {"policy": 0}
         for name, shape in terms:
-            group = "critic" if name == PRIVILEGED else "policy"
+            group = "critic" if name in PRIVILEGED else "policy"
             start, width = self.dims.get(group, 0), int(np.prod(shape))
             if width == 0:
                 raise EnvironmentContractError(
@@ -47,7 +47,7 @@ class ObservationLayout:
             self.dims[group] = start + width
         if self.dims["policy"] == 0:
             raise EnvironmentContractError(
-                f"the observation has only {PRIVILEGED!r}; expected at least one term that the policy may see"
+                "the observation has only what is for the critic; expected at least one term that the policy may see"
             )
 
     def __call__(self, observation: Array | Mapping[str, Array]) -> Observation:

@@ -18,8 +18,10 @@ from rlplastic.kernels._triton import tl, triton
 from rlplastic.kernels.replay_tensors import Insertion, ReplayTensors, row_numbers
 
 
-def upload(array: NDArray[Any], device: torch.device) -> Tensor:
-    """``array`` on ``device``, without waiting; on a CPU it shares the array's memory."""
+def upload(array: NDArray[Any] | Tensor, device: torch.device) -> Tensor:
+    """``array`` on ``device``, without waiting; on a CPU it shares the array's memory. A tensor there is itself."""
+    if isinstance(array, Tensor):
+        return array.to(device)
     tensor = torch.from_numpy(np.require(array, requirements=("C", "W")))
     # A pinned block goes back to its pool only after the copy has left it, so no buffer is overwritten too early.
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
@@ -34,7 +36,7 @@ def narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def insert_torch(ring: ReplayTensors, step: Insertion) -> None:
-    """The reference: a handful of indexed copies on any device."""
+    """The reference: a handful of indexed copies on any device; what is on it already stays there."""
     device = ring.reward.device
     row = _rows(step.row, device)
     ring.action[:, : ring.action_dim].index_copy_(0, row, upload(step.action, device))

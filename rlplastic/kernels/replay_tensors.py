@@ -105,14 +105,15 @@ def row_numbers(rows: slice | NDArray[np.int64]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True, slots=True)
 class Insertion:
-    """One vector step on its way into the ring; all arrays are the host's, rows are flat.
+    """One vector step on its way into the ring; rows are flat.
 
+    All arrays are the host's, but for actions and observations that come as tensors, which `insert_torch` alone takes.
     ``row`` and the rows in ``opened`` are slices where they are neighbours, which is the usual case.
     """
 
     row: slice | NDArray[np.int64]
     """(N,) rows that this step completes."""
-    action: NDArray[np.float32]
+    action: NDArray[np.float32] | Tensor
     """(N, A)."""
     reward: NDArray[np.float32]
     """(N,)."""
@@ -122,7 +123,7 @@ class Insertion:
     """(N,) places in the flat ``queue``, each behind its column's end: an entry counts only once the index says so."""
     slot: NDArray[np.int32]
     """(N,) the slots to enter there."""
-    opened: tuple[tuple[slice | NDArray[np.int64], Mapping[str, NDArray[Any]]], ...]
+    opened: tuple[tuple[slice | NDArray[np.int64], Mapping[str, Any]], ...]
     """Rows that receive an observation and lose their flags: the heads of all columns, last; before them, final
     observations of the columns that ended, if those lie in rows of their own. Groups of float32, or of int8 cells."""
     index: NDArray[np.int64]

@@ -24,13 +24,14 @@ probability differs from 1 / total by a relative total / 2**64 at most, under 2e
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlplastic.envs.base import AutoresetMode, Observation, Step
+from rlplastic.envs.base import AutoresetMode, Observation, Rows, Step, on_host
 from rlplastic.errors import CheckpointError
 from rlplastic.kernels.replay_insert import StagedInsertion, insert_numpy, insert_torch, upload
 from rlplastic.kernels.replay_tensors import (
@@ -151,7 +152,7 @@ class ReplayRing:
 
     # Writing
 
-    def begin(self, observation: Observation) -> None:
+    def begin(self, observation: Observation[Any]) -> None:
         """Start every column at ``observation``, groups of (N, D): the first reset, or rebuilt environments.
 
         In the latter case the old head stays as a row that is no transition and holds the last observation, so the
@@ -166,8 +167,10 @@ class ReplayRing:
         never = np.zeros(self.num_envs, np.bool_)
         self._write(action, reward, never.astype(np.uint8), never, self._columns[:0], None, observation)
 
-    def add(self, action: NDArray[np.float32], step: Step, valid: NDArray[np.bool_]) -> None:
+    def add(self, action: Rows, step: Step[Rows], valid: NDArray[np.bool_]) -> None:
         """Complete the head row of every column with what the environments answered, and open the next one.
+
+        Actions and observations may be tensors; those on the ring's device stay there.
 
         Args:
             action: (N, A), in [-1, 1].
@@ -184,20 +187,20 @@ class ReplayRing:
         flags *= valid
         final = None
         if self.autoreset is AutoresetMode.SAME_STEP and len(ended):
-            final = {group: step.info["final_observation"][group][ended] for group in self.observation_dims}
+            final = {group: _taken(step.info["final_observation"][group], ended) for group in self.observation_dims}
         self._write(action, step.reward, flags, valid, ended, final, step.observation)
         if len(ended):
             self._next_episode(ended)
 
     def _write(
         self,
-        action: NDArray[np.float32],
+        action: NDArray[np.float32] | Tensor,
         reward: NDArray[np.float32],
         flags: NDArray[np.uint8],
         valid: NDArray[np.bool_],
         ended: Integers,
-        final: Observation | None,
-        observation: Observation,
+        final: Observation[Any] | None,
+        observation: Observation[Any],
     ) -> None:
         """Complete the heads, open a row for ``final`` observations where episodes ``ended`` so, open new heads."""
         row = self._heads()
@@ -207,16 +210,25 @@ class ReplayRing:
         heads = self._open(self._columns)
         index = self._publish()
         opened = tuple((rows, self._encoded(values)) for rows, values in (*finals, (heads, observation)))
-        self._insert(Insertion(row, action, reward, flags, entry, slot, opened, index))
+        insertion = Insertion(row, action, reward, flags, entry, slot, opened, index)
+        if isinstance(observation["policy"], Tensor):
+            insert_torch(self.tensors, insertion)
+        else:
+            self._insert(insertion)
         if self.priorities is not None:
             entered = flags & (VALID | HELD_OUT) == VALID
             self.priorities.add_new(self._upload(row_numbers(row)[entered]))
             for rows, _ in opened:
                 self.priorities.clear(self._upload(row_numbers(rows)))
 
-    def _encoded(self, observation: Observation) -> Mapping[str, NDArray[np.generic]]:
-        """What is stored of an observation: itself, or the numbers of its cells."""
-        return observation if self._quantiser is None else self._quantiser.encode(observation, self._slots_in_use())
+    def _encoded(self, observation: Observation[Any]) -> Mapping[str, Any]:
+        """What is stored of an observation: itself, or the numbers of its cells, which the host finds."""
+        if self._quantiser is None:
+            return observation
+        cells = self._quantiser.encode(on_host(observation), self._slots_in_use())
+        if not isinstance(observation["policy"], Tensor):
+            return cells
+        return {group: self._upload(numbers) for group, numbers in cells.items()}
 
     def _slots_in_use(self) -> int:
         return min(int(self.written.max()) + 1, self.num_slots)
@@ -453,6 +465,11 @@ class ReplayRing:
             "reward": tensors.reward,
             "flags": tensors.flags,
         } | groups
+
+
+def _taken(rows: Any, index: Integers) -> Any:  # noqa: ANN401 - an array, or a tensor
+    """``rows[index]``, where they lie."""
+    return rows.index_select(0, upload(index, rows.device)) if isinstance(rows, Tensor) else rows[index]
 
 
 def _ranges(start: Integers, stop: Integers) -> Integers:
