@@ -18,7 +18,7 @@ comma := ,
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := rlplastic tests benchmarks
+SOURCES := rlplastic tests benchmarks examples
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 # One thread per test worker: the workers already fill the cores. The caller's PYTHONPATH must not shadow .venv.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal

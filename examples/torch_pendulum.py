@@ -53,6 +53,7 @@ class TorchPendulum:
     """
 
     deterministic = True
+    step_dt = TIME_STEP
 
     def __init__(
         self, num_envs: int, device: torch.device | str, seed: int, compile: bool = False, max_episode_steps: int = 200

@@ -6,7 +6,7 @@ Neither an environment nor an agent is built: the sizes of the network are those
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +38,9 @@ class Policy:
 
     @property
     def env(self) -> EnvConfig:
-        """The task it was trained on."""
-        return self.config.env
+        """The task it was trained on; a simulator in torch runs where the policy is."""
+        env = self.config.env
+        return replace(env, device=str(self.device)) if env.backend == "torch" else env
 
     @property
     def observation_dim(self) -> int:

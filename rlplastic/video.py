@@ -144,6 +144,8 @@ def _even(frame: Frame) -> Frame:
 @contextmanager
 def _camera(env: EnvConfig, seed: int, size: tuple[int, int], transitions: int = 0) -> Iterator[Scene]:
     """One environment that restarts in the step after its end, a function that draws it, and the seconds of a step."""
+    if env.backend == "torch":
+        raise ConfigurationError("simulators in torch are not drawn; expected a task of another backend for a film")
     os.environ.setdefault("MUJOCO_GL", "egl")
     width, height = size
     env = replace(env, vectorization="sync", autoreset="next_step")
@@ -215,6 +217,8 @@ def _context(size: tuple[int, int]) -> _Context:
 
 def seconds_per_step(env: EnvConfig, envs: Any) -> float:  # noqa: ANN401 - of either adapter, which say it nowhere
     """Simulated seconds that one step of a task's environments lasts."""
+    if env.backend == "torch":
+        return float(getattr(envs.simulator, "step_dt", 1 / FRAMES_PER_SECOND))
     if env.backend == "gymnasium":
         return _gymnasium_seconds(envs._env.envs[0])
     return _envpool_seconds(env, envs._env.spec.config)

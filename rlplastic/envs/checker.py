@@ -3,6 +3,7 @@
     python -m rlplastic.envs.checker task=Ant-v5
     python -m rlplastic.envs.checker env=g1 num_envs=8 steps=1500
     python -m rlplastic.envs.checker task=Pendulum-v1 backend=gymnasium autoreset=disabled
+    python -m rlplastic.envs.checker env=torch task=module:factory device=cuda
 
 Prints one line per check and leaves with 0 if none failed, 2 otherwise, 130 if interrupted. For an environment of your
 own call `check` with a function that builds it from a list of seeds.
@@ -448,8 +449,8 @@ def _configuration(arguments: Sequence[str]) -> tuple[EnvConfig, dict[str, int]]
         raise ConfigurationError("no environment was named; expected task=<name> or env=<short name>")
     elif "family" not in settings:
         settings["family"] = catalogue.find_family(settings["task"]) or "mujoco"
-        if settings["family"] == "gymnasium":
-            settings.setdefault("backend", "gymnasium")
+        if settings["family"] in ("gymnasium", "torch"):
+            settings.setdefault("backend", settings["family"])
     try:
         dotlist = OmegaConf.from_dotlist([f"{name}={value}" for name, value in settings.items()])
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(EnvConfig), plain, dotlist))

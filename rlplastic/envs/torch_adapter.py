@@ -35,9 +35,9 @@ from rlplastic.kernels.replay_insert import upload
 class Simulator(Protocol):
     """What a factory returns.
 
-    Two more attributes are read where they are there: ``max_episode_steps``, the time limit (none otherwise), and
-    ``deterministic``, whether equal seeds and equal actions give equal bits (no otherwise), without which a resumed run
-    starts fresh episodes.
+    Three more attributes are read where they are there: ``max_episode_steps``, the time limit (none otherwise);
+    ``step_dt``, the seconds of a step, for playing in real time; and ``deterministic``, whether equal seeds and equal
+    actions give equal bits (no otherwise), without which a resumed run starts fresh episodes.
     """
 
     num_envs: int
@@ -86,6 +86,7 @@ class TorchEnv:
         arrays: return numpy arrays, for those who know nothing else; tensors otherwise. It takes both.
 
     Attributes:
+        simulator: what the factory returned; None once closed.
         terms: per observation group, the list of (term, slice of columns).
 
     Raises:
@@ -106,10 +107,10 @@ class TorchEnv:
     ) -> None:
         self._name, self._arrays = name, arrays
         self.num_envs, self.device = len(seeds), _device(device)
-        self._simulator: Simulator | None = None
+        self.simulator: Simulator | None = None
         simulator = self._made(make, seeding.key("simulator", *seeds, bits=31), dict(kwargs or {}))
         self._study(simulator)
-        self._simulator = simulator
+        self.simulator = simulator
         self.autoreset = AutoresetMode.SAME_STEP
         self.max_episode_steps: int | None = getattr(simulator, "max_episode_steps", None)
         self.deterministic = bool(getattr(simulator, "deterministic", False))
@@ -222,7 +223,7 @@ class TorchEnv:
 
     def close(self) -> None:
         """Close the simulator; calling it twice is harmless."""
-        simulator, self._simulator, self._flight = self._simulator, None, None
+        simulator, self.simulator, self._flight = self.simulator, None, None
         if simulator is not None:
             try:
                 simulator.close()
@@ -284,9 +285,9 @@ class TorchEnv:
         ) from error
 
     def _open(self) -> Simulator:
-        if self._simulator is None:
+        if self.simulator is None:
             raise EnvironmentContractError("the environments are closed; expected an open TorchEnv: build a new one")
-        return self._simulator
+        return self.simulator
 
 
 def find_factory(task: str) -> Callable[..., Simulator]:

@@ -154,6 +154,8 @@ def _source(env: EnvConfig) -> _Source | str:
     """Model and options of a task, or why there is no model."""
     if env.backend == "gymnasium":
         return _gymnasium_source(env)
+    if env.backend == "torch":
+        return "a simulator in torch gives no MuJoCo model away"
     import envpool
 
     from rlplastic.envs.catalogue import resolve

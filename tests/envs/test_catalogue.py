@@ -75,7 +75,7 @@ def test_every_short_name_composes_and_names_a_task_of_its_family(short: str) ->
     assert isinstance(config, EnvConfig)
     assert (config.task or EXAMPLES[short]) in tasks(config.family)
     assert bool(config.task) == (short not in FAMILIES)
-    assert config.backend == ("gymnasium" if config.family == "gymnasium" else "envpool")
+    assert config.backend == (config.family if config.family in ("gymnasium", "torch") else "envpool")
     assert config.gamma == GAMMA.get(config.family, 0.99)
 
 
@@ -83,7 +83,7 @@ def test_the_promised_short_names_and_families_are_there() -> None:
     promised = (
         "humanoid ant halfcheetah hopper walker2d swimmer pendulum inverted_pendulum g1 go1 humanoid_run dog_run "
     )
-    promised += "cheetah_run walker_run hopper_hop mujoco dmc playground metaworld myosuite gymnasium"
+    promised += "cheetah_run walker_run hopper_hop mujoco dmc playground metaworld myosuite gymnasium torch"
     assert set(promised.split()) <= set(SHORT_NAMES)
 
 
@@ -113,6 +113,9 @@ def test_backend_and_family_must_fit() -> None:
         (EnvConfig(backend="gymnasium", family="dmc", task="dog-run"), "envpool"),
         (EnvConfig(backend="envpool", family="gymnasium", task="Hopper-v5"), "gymnasium"),
         (EnvConfig(backend="envpol"), "'envpool'"),
+        (EnvConfig(backend="torch", task="Hopper-v5"), "env=torch"),
+        (EnvConfig(family="torch", task="examples.torch_pendulum:make"), "env=torch"),
+        (EnvConfig(backend="torch", family="torch", task="a:b", switch_every=9), "env.backend=gymnasium"),
         (EnvConfig(task="Hopper-v6"), "'Hopper-v5'"),
     ):
         with pytest.raises(ConfigurationError, match=hint):
