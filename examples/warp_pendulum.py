@@ -7,8 +7,8 @@ Warp's arrays and torch's tensors are two views of the same memory (`wp.to_torch
 simulation reads them and observations are read where it writes them. It computes in float32, gymnasium's MuJoCo in
 float64. The first step compiles its kernels, which takes minutes on a CPU and is remembered in Warp's cache.
 
-The model is gymnasium's own file. A step is two of MuJoCo's of 0.02 s; an episode ends, with reward 0 instead of 1, when
-the pole is beyond 0.2 rad, or after 1000 steps. It starts with positions and speeds in [-0.01, 0.01].
+The model is gymnasium's own file. A step is two of MuJoCo's of 0.02 s. An episode ends, with reward 0 instead of 1,
+when the pole is beyond 0.2 rad, or after 1000 steps; it starts with positions and speeds in [-0.01, 0.01].
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class WarpPendulum:
         self.step_dt = FRAME_SKIP * float(model.opt.timestep)
         self.single_observation_space = Box(-np.inf, np.inf, (model.nq + model.nv,))
         self.single_action_space = Box(*model.actuator_ctrlrange.T.astype(np.float32))
-        self._place = wp.device_from_torch(self.device)
+        wp.init()
+        self._place = wp.device_from_torch(str(self.device))
         with wp.ScopedDevice(self._place):
             self._model = mjw.put_model(model)
             self._data = mjw.put_data(model, mujoco.MjData(model), nworld=num_envs, njmax=MOST_CONSTRAINTS)
@@ -87,11 +88,8 @@ class WarpPendulum:
         """Begin episodes in these rows (N,); numbers are drawn for all, since choosing would wait for the device."""
         shape = (2, self.num_envs, self.qpos.shape[1])
         noise = torch.empty(shape, device=self.device).uniform_(-NOISE, NOISE, generator=self._generator)
-        for state, fresh in (
-            (self.qpos, noise[0]),
-            (self.qvel, noise[1]),
-            (self._warmstart, torch.zeros_like(noise[0])),
-        ):
+        still = torch.zeros_like(noise[0])
+        for state, fresh in ((self.qpos, noise[0]), (self.qvel, noise[1]), (self._warmstart, still)):
             state.copy_(torch.where(where[:, None], fresh, state))
         self._age.masked_fill_(where, 0)
 

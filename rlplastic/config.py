@@ -64,7 +64,7 @@ class EnvConfig:
     """Discount published for the family: 0.99, MyoSuite 0.95, Playground 0.97 [F]."""
     rebuild_every: int | None = None
     """Steps per environment after which the environments are built anew, which bounds the actions that an exact resume
-    must replay; None: 20 time limits."""
+    must replay; None: 20 time limits, or never where no exact resume is possible."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Passed to the backend's constructor (`env.kwargs.frame_skip=2`)."""
     randomise: RandomiseConfig = field(default_factory=RandomiseConfig)
@@ -289,7 +289,7 @@ class EvaluationConfig:
     episodes: int = 10
     """Episodes per evaluation, one per environment."""
     final_episodes: int = 20
-    """Episodes of the evaluation that ends a run."""
+    """Episodes of the evaluation that ends a run; 0: there is none."""
 
 
 @dataclass

@@ -51,8 +51,9 @@ def train(session: Session, reporter: Reporter | Follower) -> None:
             reporter.log()
         # The final evaluation takes a while: a run killed meanwhile must not lose its last stretch.
         save_or_warn(reporter)
-        reporter.evaluate(session.config.evaluation.final_episodes)
-        session.final_evaluation = reporter.last_evaluation
+        if session.config.evaluation.final_episodes:
+            reporter.evaluate(session.config.evaluation.final_episodes)
+            session.final_evaluation = reporter.last_evaluation
         reporter.save(finished=True)
 
 

@@ -297,7 +297,6 @@ POSITIVE = (
     "replay.half_life",
     "schedule.horizon",
     "evaluation.episodes",
-    "evaluation.final_episodes",
     "checkpoint.every",
     "checkpoint.keep",
     "tracking.every",
@@ -332,6 +331,7 @@ NOT_NEGATIVE = (
     "monitor.return_margin",
     "priming_updates",
     "evaluation.every",
+    "evaluation.final_episodes",
     "seed",
 )
 MOST = {
