@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -33,14 +33,9 @@ L = TypeVar("L", bound=steps.Learner)
 
 def _like(observation: Rows, actions: NDArray[np.float32] | Tensor) -> Rows:
     """The actions as the observation came: an array on the host, or a tensor on its device."""
-    like: Any = observation
-    answer: Any = actions
-    if isinstance(like, Tensor):
-        answer = upload(actions, like.device)
-    elif isinstance(actions, Tensor):
-        answer = actions.cpu().numpy()
-    rows: Rows = answer
-    return rows
+    if isinstance(observation, Tensor):
+        return cast("Rows", upload(actions, observation.device))
+    return cast("Rows", actions.cpu().numpy() if isinstance(actions, Tensor) else actions)
 
 
 class SoftActorCritic(ABC, Generic[L]):

@@ -178,6 +178,7 @@ class TorchEnv:
         self._actions = upload(actions, self.device)
         try:
             observation, reward, terminated, truncated, info = simulator.step(self._scaled(self._actions))
+            last = info.get("final_obs")
         except Exception as error:
             self._blame("step()", error)
         self._expect("the reward", reward, (self.num_envs,), "floating-point")
@@ -186,8 +187,8 @@ class TorchEnv:
         groups = self._groups("the observation", observation)
         finite = torch.isfinite(reward) & _finite(groups)
         final = None
-        if "final_obs" in info:
-            final = self._groups("final_obs", info["final_obs"])
+        if last is not None:
+            final = self._groups("final_obs", last)
             finite &= _finite(final) | ~(terminated | truncated)
         numbers = [reward, terminated, truncated, finite, self._actions.abs().amax(1)]
         block = self._to_host(torch.stack([row.to(torch.float32) for row in numbers]))

@@ -225,10 +225,7 @@ class ReplayRing:
         """What is stored of an observation: itself, or the numbers of its cells, which the host finds."""
         if self._quantiser is None:
             return observation
-        cells = self._quantiser.encode(on_host(observation), self._slots_in_use())
-        if not isinstance(observation["policy"], Tensor):
-            return cells
-        return {group: self._upload(numbers) for group, numbers in cells.items()}
+        return self._quantiser.encode(on_host(observation), self._slots_in_use())
 
     def _slots_in_use(self) -> int:
         return min(int(self.written.max()) + 1, self.num_slots)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +188,8 @@ def turn(envs: TorchEnv, agent: FlashSAC, ring: ReplayRing, sampler: Sampler, ti
     return result.observation
 
 
-def parts(device: str, simulator: Callable[..., Any] = Counting) -> tuple[TorchEnv, FlashSAC, ReplayRing, Sampler]:
-    envs = TorchEnv(simulator, SEEDS, device, {"form": "groups"})
+def parts(device: str) -> tuple[TorchEnv, FlashSAC, ReplayRing, Sampler]:
+    envs = TorchEnv(Counting, SEEDS, device, {"form": "groups"})
     config = FlashSACConfig(critic_width=16, actor_width=8, gamma=0.99)
     agent = FlashSAC(envs.observation_dims, 2, 5, config, CategoricalCriticConfig(num_atoms=11), device=device)
     ring = ReplayRing(100, 5, envs.observation_dims, 2, envs.autoreset, device=device, kernels="torch")
@@ -224,15 +223,15 @@ def test_on_a_gpu_a_turn_waits_for_nothing_but_those_numbers() -> None:
     envs, agent, ring, sampler = parts("cuda")
     seen = envs.reset()
     ring.begin(seen)
-    for time in range(12):
-        if time == 6:  # loading kernels may wait
-            torch.cuda.set_sync_debug_mode("error")
-        try:
+    for time in range(6):  # loading kernels may wait
+        seen = turn(envs, agent, ring, sampler, time, seen)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for time in range(6, 12):
             seen = turn(envs, agent, ring, sampler, time, seen)
-        finally:
-            torch.cuda.set_sync_debug_mode("default" if time < 6 or time == 11 else "error")
-    arrays = TorchEnv(Counting, SEEDS, "cpu", {"form": "groups"}, arrays=True)
-    assert arrays.reset()["policy"].shape == seen["policy"].shape
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert ring.transitions == 60
 
 
 def trained(folder: Path, *overrides: str) -> dict[str, object]:
@@ -265,7 +264,8 @@ def test_what_cannot_be_repeated_logs_no_actions_is_not_rebuilt_and_resumes_with
 
     monkeypatch.setattr(TorchPendulum, "deterministic", False)
     once = ["env.rebuild_every=null", "env.kwargs.max_episode_steps=2"]  # 20 time limits would be 40 vector steps
-    first = trained(tmp_path, "env_steps=300", *once)
+    first = trained(tmp_path, "env_steps=300", *once, "evaluation.every=0", "evaluation.final_episodes=0")
+    assert len(str(first["eval.csv"]).splitlines()) == 1, "only the header: no evaluation was asked for"
     assert first["progress"]["builds"] == 0 and first["progress"]["vector_steps"] == 75  # type: ignore[index]
     train_agent([*SMALL, "env=torch", f"env.task={PENDULUM}", *once, f"runs={tmp_path}", "name=run"])
     assert "not exact: the environments are not deterministic; fresh episodes" in capsys.readouterr().err
@@ -278,7 +278,7 @@ def test_a_policy_of_a_run_is_evaluated_on_its_simulator(tmp_path: Path) -> None
 
     trained(tmp_path, "env_steps=300")
     policy = load_policy(tmp_path / "run")
-    assert policy.env.device == "cpu"
+    assert policy.env.device == policy.config.env.device == "cpu"
     assert evaluate(policy.act, policy.env, seed=0, episodes=3).lengths.tolist() == [17, 17, 17]
 
 
