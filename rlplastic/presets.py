@@ -23,6 +23,7 @@ from rlplastic.errors import ConfigurationError, nearest
 from rlplastic.kernels import dispatch
 from rlplastic.plasticity.interventions import INTERVENTIONS
 from rlplastic.plasticity.replay_ratio import SIGNALS
+from rlplastic.writers import services
 
 DEFAULT_MINUTES = 10.0
 COMPILE_PAYS_MINUTES = 3.0
@@ -422,6 +423,10 @@ def check(config: Config) -> None:
         value = _value(config, key)
         if value is not None and not 0 <= value < math.inf:
             raise ConfigurationError(f"{key}={value} is out of range; expected a number of 0 or more")
+    for name in config.tracking.writers:
+        if name not in services.NAMES:
+            raise ConfigurationError(f"tracking.writers has {name!r}; {nearest(name, services.NAMES)}")
+    services.require(config.tracking.writers)
     for name in config.monitor.ladder:
         if name not in INTERVENTIONS:
             raise ConfigurationError(f"monitor.ladder has {name!r}; {nearest(name, list(INTERVENTIONS))}")
