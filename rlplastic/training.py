@@ -25,7 +25,8 @@ from rlplastic.errors import ConfigurationError, telling_of_memory
 from rlplastic.evaluation import Evaluation
 from rlplastic.initialisation import initialise
 from rlplastic.loop import train
-from rlplastic.presets import MACHINE_KEYS, Choice, Machine, machine_from, probe_machine, resolve
+from rlplastic.machine import Machine, machine_from, probe_machine
+from rlplastic.presets import MACHINE_KEYS, Choice, resolve
 from rlplastic.progress import Budget, Progress, Stopwatch
 from rlplastic.replay import memory
 from rlplastic.reporting import Follower, Reporter

@@ -17,10 +17,11 @@ from rlplastic import train_agent
 from rlplastic.agents import subjects
 from rlplastic.composition import compose
 from rlplastic.errors import ConfigurationError
+from rlplastic.machine import Machine
 from rlplastic.pacing import Pacer
 from rlplastic.plasticity import measure
 from rlplastic.plasticity.replay_ratio import SIGNALS, Decision
-from rlplastic.presets import Machine, resolve
+from rlplastic.presets import resolve
 
 ADAPTIVE = ["replay_ratio=adaptive", "adaptive.window=50", "evaluation.every=0"]
 ALL = f"adaptive.signal={','.join(SIGNALS)}"

@@ -20,7 +20,8 @@ from rlplastic import train_agent
 from rlplastic.composition import compose
 from rlplastic.config import Config
 from rlplastic.errors import ConfigurationError
-from rlplastic.presets import probe_machine, resolve
+from rlplastic.machine import probe_machine
+from rlplastic.presets import resolve
 from rlplastic.session import planned_updates
 from rlplastic.watching import rules_of, schedule_of
 

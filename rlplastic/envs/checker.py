@@ -1,15 +1,18 @@
-"""Does an environment keep the contract of `rlplastic.envs.base`? Watched from outside, on any `VectorEnv`.
+"""Does an environment keep the contract of `rlplastic.envs.base`? Watched from outside.
 
     python -m rlplastic.envs.checker task=Ant-v5
     python -m rlplastic.envs.checker env=g1 num_envs=8 steps=1500
     python -m rlplastic.envs.checker task=Pendulum-v1 backend=gymnasium autoreset=disabled
 
-Prints one line per check and leaves with 0 if none failed, 2 otherwise, 130 if interrupted. For an environment of your
-own call `check` with a function that builds it from a list of seeds.
+Keys: env, a short name, or task; all of training's env.…; and of the check num_envs (4), steps
+(0: a little more than one time limit) and seed (0). Prints one line per check and leaves with 0 if
+none failed, 2 otherwise, 130 if interrupted. For an environment of your own call `check` with a
+function that builds it from a list of seeds.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -472,7 +475,7 @@ def main(arguments: Sequence[str]) -> None:
     from rlplastic.envs import build_envs
 
     if any(argument in ("-h", "--help") for argument in arguments):
-        print("usage: python -m rlplastic.envs.checker env=<short name> | task=<name> [family=…] [backend=gymnasium] …")
+        print(inspect.cleandoc(__doc__ or ""))
         return
     config, numbers = _configuration(arguments)
     report = check(partial(build_envs, config), numbers["num_envs"], numbers["steps"] or None, numbers["seed"])
