@@ -65,16 +65,14 @@ def main(arguments: Sequence[str]) -> None:
 
     from rlplastic import diagnosis
     from rlplastic.diagnosis_views import draw, show
-    from rlplastic.policy import read_config
     from rlplastic.run_directory import require_writable, write_report
     from rlplastic.terminal import View, standard_console
 
     console = standard_console()
     view = View(live=False, console=console)
     out = Path(options.out or options.run or ".")
-    if options.run is not None:
-        read_config(Path(options.run))  # which tells of a run that is none, before its folder is missed
-    require_writable(out / "diagnosis.json")
+    if options.out is not None or out.is_dir():  # else there is no such run, which is told below
+        require_writable(out / "diagnosis.json")
     with console.status("measuring"):
         if options.run is not None:
             report = diagnosis.diagnose_run(

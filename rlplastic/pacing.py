@@ -142,6 +142,11 @@ class Pacer:
         self.pace.ratio = decision.ratio
         return decision
 
+    def rebase(self) -> None:
+        """An intervention edited the critic, or was taken back: signals are compared from the next reading on."""
+        self.rule.rebase()
+        self._weights = {}
+
     def _read(self, draw: int) -> dict[str, float]:
         """The signals, on batches number ``draw``."""
         critic = subjects.subjects(self.agent)["critic"]

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import gymnasium
@@ -303,11 +304,15 @@ class Faulty(gymnasium.Env):
                 return np.zeros(3, np.float32), 0.0, False, False, {}
             if self.fault == "tuple":
                 return np.zeros(2, np.float32), 0.0, False, {}
+            if self.fault == "hangs":
+                time.sleep(1000)
             if self.fault == "death":
                 os._exit(3)
         return np.zeros(2, np.float32), 0.0, False, False, {}
 
     def close(self):
+        if self.fault == "never ends":
+            time.sleep(1000)
         if self.fault == "close":
             raise OSError("robot unplugged")
 
@@ -438,6 +443,24 @@ def test_an_environment_that_cannot_be_closed_says_so_once(faulty: Callable[...,
     with pytest.raises(EnvironmentContractError, match=told):
         envs.close()
     envs.close()
+
+
+@pytest.mark.parametrize("where", ["step", "close"])
+def test_a_process_that_never_ends_is_ended(
+    where: str, faulty: Callable[..., GymnasiumEnv], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlplastic.envs.gymnasium_adapter.CLOSING", 0.5)
+    envs = faulty("hangs" if where == "step" else "", "async")
+    envs.reset()
+    if where == "step":
+        envs.send(np.zeros((2, envs.action_dim), np.float32))
+    else:
+        envs._env.set_attr("fault", "never ends")
+    began = monotonic()
+    with pytest.raises(EnvironmentContractError, match=r"still busy 0\.5 s after it was to end"):
+        envs.close()
+    envs.close()
+    assert monotonic() - began < 30 and not any(worker.is_alive() for worker in envs._workers)
 
 
 def test_a_constructor_that_raises_is_named_with_its_line(faulty: Callable[..., GymnasiumEnv]) -> None:
