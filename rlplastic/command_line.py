@@ -136,12 +136,31 @@ def parse(arguments: Sequence[str], schema: type[T], verb: str) -> T:
         try:
             OmegaConf.update(config, name, OmegaConf.select(OmegaConf.from_dotlist([f"{name}={value}"]), name))
         except OmegaConfBaseException as error:
-            raise ConfigurationError(f"{name}={value} was refused: {first_line(error)} {listed}") from error
+            raise ConfigurationError(f"{refused(argument, error)} {listed}") from error
     missing = [name for name in fields if OmegaConf.is_missing(config, name)]
     if missing:
         raise ConfigurationError(f"missing {', '.join(f'{name}=…' for name in missing)} {listed}")
     instance: T = OmegaConf.to_object(config)  # type: ignore[assignment]
     return instance
+
+
+_EXPECTED = {
+    "converted to Integer": "a whole number",
+    "converted to Float": "a number",
+    "not a valid bool": "true or false",
+    "not a ListConfig": "a list in brackets, such as [a,b]",
+    "to Dict": "keys of its own, such as key.name=value",
+}
+"""What OmegaConf's complaints about a value come to."""
+
+
+def refused(given: str, error: BaseException) -> str:
+    """The sentence for `key=value` whose value OmegaConf refused."""
+    reason = first_line(error)
+    for words, expected in _EXPECTED.items():
+        if words in reason:
+            return f"{given} was refused; expected {expected}"
+    return f"{given} was refused: {reason}; give a value of the right type"
 
 
 def first_line(error: BaseException) -> str:

@@ -66,8 +66,8 @@ def check(config: Config) -> None:
     if ratio != ADAPTIVE:
         if adaptive != AdaptiveConfig():
             raise ConfigurationError(
-                f"settings adaptive.* are those of replay_ratio={ADAPTIVE}, but this run has replay_ratio={ratio}; "
-                "leave the one out or change the other"
+                f"settings adaptive.* are those of replay_ratio={ADAPTIVE}, but this run has "
+                f"{'none' if ratio is None else f'replay_ratio={ratio}'}; leave the one out or change the other"
             )
         return
     names = signals_of(adaptive)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rlplastic.command_line import leave, run_verb
+from rlplastic.command_line import leave, refused, run_verb
 from rlplastic.envs.base import ActionMap, AutoresetMode, Observation, Step, VectorEnv
 from rlplastic.envs.episodes import EpisodeStatistics, FinishedEpisodes
 from rlplastic.envs.gymnasium_adapter import in_words, raised_at
@@ -457,7 +457,7 @@ def _configuration(arguments: Sequence[str]) -> tuple[EnvConfig, dict[str, int]]
         dotlist = OmegaConf.from_dotlist([f"{name}={value}" for name, value in settings.items()])
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(EnvConfig), plain, dotlist))
     except OmegaConfBaseException as error:
-        raise ConfigurationError(str(error).splitlines()[0]) from error
+        raise ConfigurationError(refused(" ".join(arguments), error)) from error
     assert isinstance(config, EnvConfig)
     catalogue.require_task(config.family, config.task)
     return config, numbers

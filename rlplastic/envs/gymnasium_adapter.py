@@ -222,27 +222,41 @@ class GymnasiumEnv:
         """
         if self._env is None:
             return
-        late = threading.Timer(CLOSING, self._kill_workers)  # whoever waits for a dead process hears of it
-        late.daemon = True
-        late.start()
+        with self._deadline() as overdue:
+            try:
+                if self._is_async and self._actions is not None:
+                    with suppress(Exception):  # nobody waits for this step any more
+                        self._env.step_wait()
+                self._env.close()
+            except Exception as error:
+                self._give_up_workers()
+                if not (self._broken or overdue.is_set()):  # else it was told, or is told below
+                    self._blame("close", error)
+            finally:
+                self._env = None
+                atexit.unregister(self._kill_workers)
+        if overdue.is_set():
+            raise EnvironmentContractError(
+                f"a process of {self._name} was still busy {CLOSING:g} s after it was to end, and was ended; mend the "
+                f"environment's step() or close(), and look at it alone with {self._checker}"
+            )
+
+    @contextmanager
+    def _deadline(self) -> Iterator[threading.Event]:
+        """End processes that the block still waits for after `CLOSING` seconds; the event says whether that was so."""
+        overdue = threading.Event()
+
+        def end() -> None:
+            overdue.set()
+            self._kill_workers()
+
+        timer = threading.Timer(CLOSING, end)
+        timer.daemon = True
+        timer.start()
         try:
-            if self._is_async and self._actions is not None:
-                with suppress(Exception):  # nobody waits for this step any more
-                    self._env.step_wait()
-            self._env.close()
-        except Exception as error:
-            self._give_up_workers()
-            if late.finished.is_set():
-                raise EnvironmentContractError(
-                    f"a process of {self._name} was still busy {CLOSING:g} s after it was to end, and was ended; mend "
-                    f"the environment's step() or close(), and look at it alone with {self._checker}"
-                ) from error
-            if not self._broken:  # else it was told
-                self._blame("close", error)
+            yield overdue
         finally:
-            late.cancel()
-            self._env = None
-            atexit.unregister(self._kill_workers)
+            timer.cancel()
 
     def _final(self, final_obs: Array, done: NDArray[np.bool_]) -> Observation:
         """gymnasium's object array of single observations as groups (N, dim); rows without an end are zero."""

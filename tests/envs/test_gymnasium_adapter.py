@@ -294,6 +294,8 @@ class Faulty(gymnasium.Env):
         return np.zeros(2, np.float32), {}
 
     def step(self, action):
+        if self.fault == "hangs":
+            time.sleep(1000)
         self.count += 1
         if self.count == 3:
             if self.fault == "step":
@@ -304,8 +306,6 @@ class Faulty(gymnasium.Env):
                 return np.zeros(3, np.float32), 0.0, False, False, {}
             if self.fault == "tuple":
                 return np.zeros(2, np.float32), 0.0, False, {}
-            if self.fault == "hangs":
-                time.sleep(1000)
             if self.fault == "death":
                 os._exit(3)
         return np.zeros(2, np.float32), 0.0, False, False, {}

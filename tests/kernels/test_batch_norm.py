@@ -16,7 +16,7 @@ def leaves() -> tuple[Tensor, Tensor, Tensor]:
     return x.requires_grad_(), gamma.requires_grad_(), beta.requires_grad_()
 
 
-@pytest.mark.parametrize("target", range(3))
+@pytest.mark.parametrize("target", [0, 1])  # on the shift they do not depend
 def test_a_second_derivative_with_batch_statistics_is_refused_and_first_ones_stay(target: int) -> None:
     inputs = leaves()
 
