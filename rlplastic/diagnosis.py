@@ -221,7 +221,7 @@ def _drawn(
     assert config.agent.gamma is not None, "a run's configuration is resolved"
     if rows > ring.capacity:
         raise ConfigurationError(
-            f"rows={rows:,} is more than the {ring.capacity:,} transitions that the replay holds; expected at most those"
+            f"rows={rows:,} is more than the {ring.capacity:,} transitions of the replay; expected at most those"
         )
     drawn = ring, rows, config.agent.n_step, config.agent.gamma, seeding.key("diagnosis", config.seed)
     inputs = subjects.inputs_of(agent, Sampler(*drawn).sample(seed, agent.reward_scale))

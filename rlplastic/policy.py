@@ -104,8 +104,10 @@ def read_config(run: Path) -> Config:
     file = run / "config.yaml"
     if not file.is_file():
         # for a folder of runs, such as run=runs, those in it; else those beside the one that was meant
-        inside = [path.parent.name for path in run.glob("*/config.yaml")]
-        beside = [path.parent.name for path in run.parent.glob("*/config.yaml")]
+        inside, beside = (
+            [path.parent.name for path in place.glob("*/config.yaml") if (path.parent / "checkpoints").is_dir()]
+            for place in (run, run.parent)
+        )
         folder, name = (run, "") if inside else (run.parent, run.name)
         hint = nearest(name, inside or beside, prefix="" if folder == Path() else f"{folder}/")
         what = "holds no config.yaml" if run.is_dir() else "is a file" if run.exists() else "does not exist"

@@ -227,6 +227,8 @@ class GymnasiumEnv:
                 if self._is_async and self._actions is not None:
                     with suppress(Exception):  # nobody waits for this step any more
                         self._env.step_wait()
+                if overdue.is_set():
+                    self._give_up_workers()
                 self._env.close()
             except Exception as error:
                 self._give_up_workers()
