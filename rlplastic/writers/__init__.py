@@ -13,6 +13,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+HISTOGRAM_BINS = 64
+
 
 class Writer(Protocol):
     """What all of them do; steps are environment transitions and never fall within one start of a run."""

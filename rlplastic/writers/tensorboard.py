@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlplastic.record_files import RecordFiles, writing
+from rlplastic.writers import HISTOGRAM_BINS
 
-HISTOGRAM_BINS = 64
 MAX_GIF_FRAMES = 300
 """Frames of a video shown in TensorBoard, which holds images in memory; longer videos are thinned out evenly."""
 

@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rlplastic.writers import HISTOGRAM_BINS
 from rlplastic.writers.services import Run
-
-HISTOGRAM_BINS = 64
 
 
 def open_run(run: Run) -> WandbWriter:
