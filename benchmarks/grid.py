@@ -35,6 +35,7 @@ from yaml import YAMLError
 
 import grid_results
 from grid_results import ROOT, Result
+from rlplastic.analysis.statistics import curve_area
 from rlplastic.errors import ConfigurationError, Interrupted, RlplasticError, nearest
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -329,7 +330,7 @@ class Runner:
             final_mean=last.get("return_mean", math.nan),
             final_ci95_low=last.get("return_ci95_low", math.nan),
             final_ci95_high=last.get("return_ci95_high", math.nan),
-            area=grid_results.curve_area(table["step"], table["return_mean"]) if table else math.nan,
+            area=curve_area(table["step"], table["return_mean"]) if table else math.nan,
             wall_seconds=max(grid_results.seconds(folder, "wall_seconds"), time.monotonic() - job.started),
             train_seconds=grid_results.seconds(folder, "train_seconds"),
             jobs=self.jobs,

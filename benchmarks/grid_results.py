@@ -222,13 +222,6 @@ def seconds(run: Path, column: str) -> float:
     return float(sum(values[attempts == attempt].max() for attempt in np.unique(attempts)))
 
 
-def curve_area(steps: NDArray[np.float64], returns: NDArray[np.float64]) -> float:
-    """Trapezoidal area under a curve (n,) divided by its length; the value itself for one point."""
-    if len(steps) < 2 or steps[-1] == steps[0]:
-        return float(returns[-1])
-    return float(np.trapezoid(returns, steps) / (steps[-1] - steps[0]))
-
-
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half-width of its 95 % t interval; the half-width is NaN for one value."""
     mean = statistics.fmean(values)

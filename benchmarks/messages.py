@@ -18,7 +18,7 @@ import torch
 from rlplastic.command_line import parse, run_verb
 from rlplastic.distributed import Group, joined
 from rlplastic.errors import ConfigurationError
-from rlplastic.presets import probe_machine
+from rlplastic.machine import probe_machine
 
 SIZES = [2**power for power in range(2, 25, 2)]
 """Bytes: from one number to 16 MB."""

@@ -26,24 +26,27 @@ LIBRARIES = (
 
 @dataclass
 class Arguments:
-    """Measure a part of rlplastic on this machine; leave it idle meanwhile.
-
-    what: replay (sampling beside Stable-Baselines3 and TorchRL, if installed), loop (without learning, beside raw
-    envpool), scaling (of both with environments and capacity), update (beside its own matrix products), monitor (what
-    watching plasticity costs), export (one action of an exported policy beside torch) or time_to_return (a training
-    beside one of every peer, in a checkout); out: JSON file for the numbers; threads: of torch, all cores if left out;
-    repeats: of every figure, of which the median counts; critic: of update, categorical, or flow, by its steps and
-    noises; task and minutes: of time_to_return, the minutes for every contender; quick: small sizes, to try it.
-    """
+    """Measure a part of rlplastic on this machine; leave it idle meanwhile."""
 
     what: str = MISSING
+    """replay (sampling beside Stable-Baselines3 and TorchRL, if installed), loop (without learning, beside raw
+    envpool), scaling (of both with environments and capacity), update (beside its own matrix products), monitor (what
+    watching plasticity costs), export (one action of an exported policy beside torch) or time_to_return (a training
+    beside one of every peer, in a checkout)."""
     out: str | None = None
+    """JSON file for the numbers."""
     threads: int | None = None
+    """Of torch; all cores if left out."""
     repeats: int = 30
+    """Of every figure, of which the median counts."""
     task: str = "halfcheetah"
+    """Of time_to_return."""
     minutes: float = 2.0
+    """Of time_to_return, for every contender."""
     critic: str = "categorical"
+    """Of update: categorical, or flow, by its steps and noises."""
     quick: bool = False
+    """Small sizes, to try it."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -69,7 +72,7 @@ def main(arguments: Sequence[str]) -> None:
     import torch
     from rich.table import Column, Table
 
-    from rlplastic.presets import probe_machine
+    from rlplastic.machine import probe_machine
     from rlplastic.run_directory import require_writable, write_report
     from rlplastic.terminal import standard_console
 

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from rlplastic.errors import ConfigurationError, Interrupted, RlplasticError, nearest, telling_of_memory
+from rlplastic.usage import verb_help
 
 T = TypeVar("T")
 
@@ -117,32 +118,49 @@ def parse(arguments: Sequence[str], schema: type[T], verb: str) -> T:
     Raises:
         ConfigurationError: unknown key, value of the wrong type, missing required key, or not `key=value` at all.
     """
-    from omegaconf import MISSING, OmegaConf
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(verb_help(schema, verb))
+        raise SystemExit(0)
     config = OmegaConf.structured(schema)
     fields = flatten(OmegaConf.to_container(config))
-    usage = f"python -m rlplastic.{verb} " + " ".join(
-        f"{name}=…" if default == MISSING else f"[{name}={default}]" for name, default in fields.items()
-    )
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(f"usage: {usage}\n{(schema.__doc__ or '').strip()}")
-        raise SystemExit(0)
+    listed = f"(python -m rlplastic.{verb} --help lists the keys)"
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if not equals:
-            raise ConfigurationError(f"{argument!r} is not of the form key=value; usage: {usage}")
+            raise ConfigurationError(f"{argument!r} is not of the form key=value {listed}")
         if name not in fields:
-            raise ConfigurationError(f"unknown key {name!r}, {nearest(name, fields)} usage: {usage}")
+            raise ConfigurationError(f"unknown key {name!r}; {nearest(name, fields)} {listed}")
         try:
             OmegaConf.update(config, name, OmegaConf.select(OmegaConf.from_dotlist([f"{name}={value}"]), name))
         except OmegaConfBaseException as error:
-            raise ConfigurationError(f"{name}={value} was refused: {first_line(error)}; usage: {usage}") from error
+            raise ConfigurationError(f"{refused(argument, error)} {listed}") from error
     missing = [name for name in fields if OmegaConf.is_missing(config, name)]
     if missing:
-        raise ConfigurationError(f"missing {', '.join(f'{name}=…' for name in missing)}; usage: {usage}")
+        raise ConfigurationError(f"missing {', '.join(f'{name}=…' for name in missing)} {listed}")
     instance: T = OmegaConf.to_object(config)  # type: ignore[assignment]
     return instance
+
+
+_EXPECTED = {
+    "converted to Integer": "a whole number",
+    "converted to Float": "a number",
+    "not a valid bool": "true or false",
+    "not a ListConfig": "a list in brackets, such as [a,b]",
+    "to Dict": "keys of its own, such as key.name=value",
+}
+"""What OmegaConf's complaints about a value come to."""
+
+
+def refused(given: str, error: BaseException) -> str:
+    """The sentence for `key=value` whose value OmegaConf refused."""
+    reason = first_line(error)
+    for words, expected in _EXPECTED.items():
+        if words in reason:
+            return f"{given} was refused; expected {expected}"
+    return f"{given} was refused: {reason}; give a value of the right type"
 
 
 def first_line(error: BaseException) -> str:

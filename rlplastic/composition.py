@@ -13,7 +13,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlplastic.command_line import first_line, flatten, override_key
+from rlplastic.command_line import first_line, flatten, override_key, refused
 from rlplastic.config import VARIANTS, Config, register
 from rlplastic.envs.catalogue import require_task
 from rlplastic.errors import ConfigurationError, nearest
@@ -140,9 +140,7 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
     cause = error.__cause__ or error
     culprit = re.search(r"full_key: (\S+)", str(cause)) or re.search(r"full_key: (\S+)", text)
     given = [o for o in overrides if culprit and override_key(o) == culprit[1]] or _quoted(text, overrides)
-    return (
-        f"{given[0] if given else 'the configuration'} was refused: {first_line(cause)}; give a value of the right type"
-    )
+    return refused(given[0] if given else "the configuration", cause)
 
 
 def _of_another_choice(text: str, overrides: Sequence[str]) -> str | None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+BUDGETS = ("env_steps", "max_minutes")
+"""Settings that say when a run ends: a larger one continues it."""
 HANDLING = (
     *("name", "runs", "fresh", "resume", "accept_machine"),
     *("evaluation", "checkpoint", "tracking", "profile", "distributed"),
@@ -314,6 +316,10 @@ class TrackingConfig:
     """A live view when the output is a terminal; plain lines otherwise."""
     video: bool = False
     """Record one episode as MP4 after the final evaluation."""
+    writers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Where curves, texts and films go: tensorboard, wandb, mlflow (docs/report.md); tables are written in any case."""
+    project: str = "rlplastic"
+    """Weights & Biases' project and MLflow's experiment."""
 
 
 @dataclass

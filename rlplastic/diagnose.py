@@ -30,24 +30,27 @@ TARGET = "target"
 class Arguments:
     """Measure whether networks can still learn; prints a table, writes diagnosis.json and diagnosis.png.
 
-    run: run directory, whose newest checkpoint is diagnosed on states of its replay; or else, a network of any library:
-    state: its state dict, as safetensors or from torch.save, which is loaded without unpickling code; factory: a
-    function module:name that returns a new network; states: an npz file with its inputs in their order, and perhaps
-    `target`, what its outputs should be; profile: plain, or bounded for unit rows and a batch norm before every ReLU.
-    rows: transitions that are drawn from the replay; probe_steps: of the trainability probe, 0 for none; seed: of
-    draws, fresh networks and the probe; out: folder of the two files, the run's own or the working directory if left
-    out.
+    Of a run (run=), or of a network of any library (state=, factory= and states=).
     """
 
     run: str | None = None
+    """Run directory, whose newest checkpoint is diagnosed on states of its replay."""
     state: str | None = None
+    """A network's state dict, as safetensors or from torch.save, which is loaded without unpickling code."""
     factory: str | None = None
+    """A function module:name that returns a new network."""
     states: str | None = None
+    """An npz file with the network's inputs in their order, and perhaps `target`, what its outputs should be."""
     profile: str = "plain"
+    """plain, or bounded for unit rows and a batch norm before every ReLU."""
     rows: int = 1024
+    """Transitions that are drawn from the replay."""
     probe_steps: int = 300
+    """Of the trainability probe; 0 for none."""
     seed: int = 0
+    """Of draws, fresh networks and the probe."""
     out: str | None = None
+    """Folder of the two files; the run's own, or the working directory, if left out."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -62,16 +65,14 @@ def main(arguments: Sequence[str]) -> None:
 
     from rlplastic import diagnosis
     from rlplastic.diagnosis_views import draw, show
-    from rlplastic.policy import read_config
     from rlplastic.run_directory import require_writable, write_report
     from rlplastic.terminal import View, standard_console
 
     console = standard_console()
     view = View(live=False, console=console)
     out = Path(options.out or options.run or ".")
-    if options.run is not None:
-        read_config(Path(options.run))  # which tells of a run that is none, before its folder is missed
-    require_writable(out / "diagnosis.json")
+    if options.out is not None or out.is_dir():  # else there is no such run, which is told below
+        require_writable(out / "diagnosis.json")
     with console.status("measuring"):
         if options.run is not None:
             report = diagnosis.diagnose_run(

@@ -219,6 +219,10 @@ def _drawn(
 ) -> tuple[Inputs, subjects.TDError | None, dict[str, str]]:
     """Transitions of the replay, the TD error on those that training never samples, and what there is no data for."""
     assert config.agent.gamma is not None, "a run's configuration is resolved"
+    if rows > ring.capacity:
+        raise ConfigurationError(
+            f"rows={rows:,} is more than the {ring.capacity:,} transitions of the replay; expected at most those"
+        )
     drawn = ring, rows, config.agent.n_step, config.agent.gamma, seeding.key("diagnosis", config.seed)
     inputs = subjects.inputs_of(agent, Sampler(*drawn).sample(seed, agent.reward_scale))
     if not ring.held_out:

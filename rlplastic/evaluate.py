@@ -15,17 +15,18 @@ from rlplastic.errors import ConfigurationError
 
 @dataclass
 class Arguments:
-    """Play whole episodes with a run's newest policy; prints the result and writes <run>/evaluation.json.
-
-    run: run directory; episodes: how many, one per environment; seed: of the environments, the run's own if left out;
-    video: also record one episode to <run>/videos/; device: cpu, cuda or cuda:<index>.
-    """
+    """Play whole episodes with a run's newest policy; prints the result and writes <run>/evaluation.json."""
 
     run: str = MISSING
+    """Run directory."""
     episodes: int = 50
+    """How many, one per environment."""
     seed: int | None = None
+    """Of the environments; the run's own if left out."""
     video: bool = False
+    """Also record one episode to <run>/videos/."""
     device: str = "cpu"
+    """cpu, cuda or cuda:<index>."""
 
 
 def main(arguments: Sequence[str]) -> None:

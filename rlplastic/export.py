@@ -24,13 +24,15 @@ if TYPE_CHECKING:
 class Arguments:
     """Write <run>/export/: policy.onnx, policy.json and golden.npz of a run's newest policy, verified.
 
-    run: run directory; episodes: of the evaluation in the document and of the closed loop; torchscript: also write
-    policy.pt. A check that fails ends with exit code 5, and leaves an older export as it was.
+    A check that fails ends with exit code 5, and leaves an older export as it was.
     """
 
     run: str = MISSING
+    """Run directory."""
     episodes: int = 10
+    """Of the evaluation in the document and of the closed loop."""
     torchscript: bool = False
+    """Also write policy.pt."""
 
 
 def main(arguments: Sequence[str]) -> None:

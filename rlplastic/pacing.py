@@ -66,8 +66,8 @@ def check(config: Config) -> None:
     if ratio != ADAPTIVE:
         if adaptive != AdaptiveConfig():
             raise ConfigurationError(
-                f"settings adaptive.* are those of replay_ratio={ADAPTIVE}, but this run has replay_ratio={ratio}; "
-                "leave the one out or change the other"
+                f"settings adaptive.* are those of replay_ratio={ADAPTIVE}, but this run has "
+                f"{'none' if ratio is None else f'replay_ratio={ratio}'}; leave the one out or change the other"
             )
         return
     names = signals_of(adaptive)
@@ -141,6 +141,11 @@ class Pacer:
         decision = self.rule.decide(self.readings)
         self.pace.ratio = decision.ratio
         return decision
+
+    def rebase(self) -> None:
+        """An intervention edited the critic, or was taken back: signals are compared from the next reading on."""
+        self.rule.rebase()
+        self._weights = {}
 
     def _read(self, draw: int) -> dict[str, float]:
         """The signals, on batches number ``draw``."""

@@ -35,24 +35,30 @@ GIVEN_AWAY = "which MuJoCo tasks with env.backend=gymnasium, and mjcf=, give awa
 class Arguments:
     """Play whole episodes with an exported policy, at its own rate; prints and writes what came of it.
 
-    policy: the ONNX file; env: a task, its own if left out (settings as in training: env.backend=gymnasium); mjcf: a
-    MuJoCo XML file instead; command: what mjcf= commands (forward, sideways, turning), in m/s and rad/s; seconds: time
-    limit of mjcf=; episodes; seed: of starts and perturbations, the training run's if left out; realtime: wait for the
-    end of every control period; perturb: one value of each perturbation; robustness: a sweep over all of them; video:
-    one episode as MP4; out: the folder of what is written, beside the export if left out.
+    In its own task, or in another with env=<short name>, with settings as in training (env.backend=gymnasium).
     """
 
     policy: str = MISSING
+    """The ONNX file."""
     mjcf: str | None = None
+    """A MuJoCo XML file to play in, instead of a task."""
     command: list[float] = field(default_factory=lambda: [0.5, 0.0, 0.0])
+    """What mjcf= commands: forward, sideways and turning, in m/s and rad/s."""
     seconds: float = 20.0
+    """Time limit of mjcf=."""
     episodes: int = 10
+    """How many."""
     seed: int | None = None
+    """Of starts and perturbations; the training run's if left out."""
     realtime: bool = False
+    """Wait for the end of every control period."""
     perturb: Perturbation = field(default_factory=Perturbation)
     robustness: bool = False
+    """A sweep over all perturbations."""
     video: bool = False
+    """Also record one episode as MP4."""
     out: str | None = None
+    """Folder of what is written; beside the export if left out."""
 
 
 def main(arguments: Sequence[str]) -> None:

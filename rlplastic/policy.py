@@ -105,11 +105,13 @@ def read_config(run: Path) -> Config:
     file = run / "config.yaml"
     if not file.is_file():
         # for a folder of runs, such as run=runs, those in it; else those beside the one that was meant
-        inside = [entry.name for entry in run.glob("*") if (entry / "checkpoints").is_dir()]
-        beside = [entry.name for entry in run.parent.glob("*") if (entry / "checkpoints").is_dir()]
+        inside, beside = (
+            [path.parent.name for path in place.glob("*/config.yaml") if (path.parent / "checkpoints").is_dir()]
+            for place in (run, run.parent)
+        )
         folder, name = (run, "") if inside else (run.parent, run.name)
         hint = nearest(name, inside or beside, prefix="" if folder == Path() else f"{folder}/")
-        what = "holds no config.yaml" if run.is_dir() else "does not exist"
+        what = "holds no config.yaml" if run.is_dir() else "is a file" if run.exists() else "does not exist"
         raise ConfigurationError(
             f"run={run} {what}; expected a run directory as made by rlplastic.train" + (f"; {hint}" if hint else "")
         )
@@ -148,7 +150,8 @@ def _checked(device: torch.device | str) -> torch.device:
         torch.zeros(1, device=place)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0].rstrip(".")
+        known = str(device).startswith(("cpu", "cuda"))  # of others torch lists all that it was ever built for
         raise ConfigurationError(
-            f"device={device} cannot be used ({reason}); expected cpu, cuda or cuda:<index>"
+            f"device={device} cannot be used{f' ({reason})' * known}; expected cpu, cuda or cuda:<index>"
         ) from error
     return place

@@ -14,13 +14,12 @@ from rlplastic.command_line import leave, parse, run_verb
 
 @dataclass
 class Arguments:
-    """Compare runs: writes <out>/index.html, results.csv, results.json, and figures as PNG and SVG.
-
-    runs: a run, a folder of runs, a glob, or several of them separated by commas; out: the folder to write to.
-    """
+    """Compare runs: writes <out>/index.html, results.csv, results.json, and figures as PNG and SVG."""
 
     runs: str = MISSING
+    """A run, a folder of runs, a glob, or several of them separated by commas."""
     out: str = "report"
+    """Folder to write to."""
 
 
 def main(arguments: Sequence[str]) -> None:

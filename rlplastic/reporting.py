@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlplastic.command_line import flatten, within
-from rlplastic.config import HANDLING
+from rlplastic.config import BUDGETS, HANDLING
 from rlplastic.envs.base import Observation
 from rlplastic.errors import LogWriteError
 from rlplastic.evaluation import Evaluation, evaluate
@@ -206,7 +206,8 @@ class Reporter:
             with self._logging():
                 if finished:
                     settings = flatten(asdict(self.session.config))
-                    told = {key: value for key, value in settings.items() if not within(key, HANDLING)}
+                    # TensorBoard shows the first settings of a run, and a larger budget may continue it.
+                    told = {key: value for key, value in settings.items() if not within(key, (*BUDGETS, *HANDLING))}
                     self.tracker.hyperparameters(self.session.progress.transitions, told, "eval/return_mean")
                 self.tracker.flush()
             if finished and self._unwritten:

@@ -462,6 +462,8 @@ def _build(
     if config.replay_ratio == ADAPTIVE:
         assert isinstance(agent, FlashSAC | SAC)
         pacer = Pacer(config, agent, replay, pace, _time_limit(envs))
+        if watcher is not None:
+            watcher.edited = pacer.rebase
     return Session(
         config=config,
         directory=directory,

@@ -4,32 +4,26 @@ All but the last describe the run and are cut back to the checkpoint on resume (
 an interrupted run and an uninterrupted one leave the same evaluation rows, bit for bit. ``timing.csv`` describes the
 attempts and keeps all of them. Nothing here reads the clock but for the time of day that TensorBoard's events carry.
 
-All of it is appended in whole records by the caller's thread: TensorBoard's own writer writes from another one, where a
-full disk ends in a traceback and in events that are lost.
+All of it is appended in whole records by the caller's thread (`rlplastic.record_files`). Weights & Biases and MLflow
+get the same curves, texts and films where they are asked for (`rlplastic.writers.services`).
 """
 
 from __future__ import annotations
 
-import importlib
-import io
-import itertools
 import json
-import math
 import os
 import re
-import socket
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rlplastic.errors import ConfigurationError, LogWriteError
-from rlplastic.run_directory import remedy
+from rlplastic.record_files import RecordFiles, writing
+from rlplastic.writers import Writer
+from rlplastic.writers.tensorboard import TensorBoard
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,10 +80,6 @@ SCALARS: dict[str, str] = {
     },
 }
 """Every stable scalar and what it means; names are ``section/quantity``."""
-
-HISTOGRAM_BINS = 64
-MAX_GIF_FRAMES = 300
-"""Frames of a video shown in TensorBoard, which holds images in memory; longer videos are thinned out evenly."""
 
 LAYOUT: dict[str, dict[str, list[str]]] = {
     "return": {
@@ -167,45 +157,56 @@ class TimingRow(NamedTuple):
 
 
 class Tracker:
-    """Writes to TensorBoard and the two tables in a run's directory; usable as a context manager.
+    """Writes to TensorBoard, the tables in a run's directory and services; usable as a context manager.
 
     Make it after the logs were cut back. Every writing method raises LogWriteError, in one sentence, when the disk is
     full or a permission is lost. The files then still end with a whole record, and what is missing is kept: it comes
     first, in its order, whenever something is written again.
+
+    Args:
+        directory: of the run.
+        services: further writers, which are told what TensorBoard is.
+        tensorboard: False: no events are written.
 
     Raises:
         ConfigurationError: a table in the directory has other columns.
         LogWriteError: the directory cannot be written.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, services: Sequence[Writer] = (), tensorboard: bool = True) -> None:
         self.directory = directory
+        self._files = RecordFiles()
         self._evaluations = directory / "eval.csv"
         self._timings = directory / "timing.csv"
         self._findings = directory / "plasticity.jsonl"
-        _open_table(self._evaluations, EvaluationRow._fields)
-        _open_table(self._timings, ("attempt", *TimingRow._fields))
+        for path, columns in (
+            (self._evaluations, EvaluationRow._fields),
+            (self._timings, ("attempt", *TimingRow._fields)),
+        ):
+            _open_table(path, columns)
+            self._files.add(path, b"")
         self._attempt = 1 + _last_attempt(self._timings)
-        self._waiting: dict[Path, bytes] = {}
-        with _writing(directory):
-            self._events = _new_event_file(directory)
-        self._event(file_version="brain.Event:2")
-        self._event(summary=_torch_summaries().custom_scalars(scalar_layout()))
-        self._write()
+        self._tensorboard = TensorBoard(directory, self._files, scalar_layout()) if tensorboard else None
+        self._writers: list[Writer] = [*([self._tensorboard] if self._tensorboard else []), *services]
+        self._files.write()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Points of TensorBoard curves at ``step`` environment transitions; `SCALARS` lists the stable names."""
+        """Points of curves at ``step`` environment transitions; `SCALARS` lists the stable names."""
         self._scalars(step, values)
-        self._write()
+        self._files.write()
 
     def _scalars(self, step: int, values: Mapping[str, float]) -> None:
-        points = [{"tag": name, "simple_value": float(value)} for name, value in values.items()]
-        self._event(step=step, summary={"value": points})
+        for writer in self._writers:
+            writer.scalars(step, values)
 
     def text(self, tag: str, markdown: str, step: int) -> None:
-        """A text in TensorBoard's text tab."""
-        self._event(step=step, summary=_torch_summaries().text(tag, markdown))
-        self._write()
+        """A text, such as TensorBoard's text tab shows."""
+        self._text(tag, markdown, step)
+        self._files.write()
+
+    def _text(self, tag: str, markdown: str, step: int) -> None:
+        for writer in self._writers:
+            writer.text(tag, markdown, step)
 
     def hyperparameters(self, step: int, settings: Mapping[str, Any], metric: str) -> None:
         """What TensorBoard's HParams tab compares runs by; once, at the end of a run.
@@ -215,40 +216,31 @@ class Tracker:
             settings: the configuration by dotted key.
             metric: a scalar of `SCALARS`, whose last value is the run's result.
         """
-        plain = {key: value if type(value) in (int, float) else str(value) for key, value in settings.items()}
-        for summary in _torch_summaries().hparams(plain, {metric: 0.0}):  # the names of metrics count, not the values
-            self._event(step=step, summary=summary)
-        self._write()
+        if self._tensorboard is not None:
+            self._tensorboard.hyperparameters(step, settings, metric)
+        self._files.write()
 
     def video(self, tag: str, film: Path, step: int) -> None:
-        """A film as an animation in TensorBoard's image tab, at its own speed.
+        """A film.
 
         Args:
             tag: name of the series.
             film: a video file.
             step: environment transitions so far.
         """
-        import imageio.v3
-
-        about = imageio.v3.immeta(film, plugin="FFMPEG")
-        stride = max(1, math.ceil(about["fps"] * about["duration"] / MAX_GIF_FRAMES))
-        frames = list(itertools.islice(imageio.v3.imiter(film, plugin="FFMPEG"), 0, None, stride))
-        height, width = frames[0].shape[:2]
-        # SummaryWriter.add_video wants moviepy; the event it would write is an image whose bytes are a GIF.
-        gif = _gif(frames, about["fps"] / stride)
-        picture = {"height": height, "width": width, "colorspace": 3, "encoded_image_string": gif}
-        self._event(step=step, summary={"value": [{"tag": tag, "image": picture}]})
-        self._write()
+        for writer in self._writers:
+            writer.video(tag, film, step)
+        self._files.write()
 
     def evaluation(self, row: EvaluationRow) -> None:
         """A row of ``eval.csv``, floats by ``repr`` and so bit-exact, and the two evaluation curves."""
-        self._add(self._evaluations, _line(row))
+        self._files.add(self._evaluations, _line(row))
         half_width = (row.return_ci95_high - row.return_ci95_low) / 2
         self._scalars(row.step, {"eval/return_mean": row.return_mean, "eval/return_ci95": half_width})
-        self._write()
+        self._files.write()
 
     def finding(self, step: int, record: Mapping[str, Any], scalars: Mapping[str, float], sentence: str) -> None:
-        """A line of ``plasticity.jsonl`` and what of it TensorBoard shows.
+        """A line of ``plasticity.jsonl`` and what of it is shown.
 
         Args:
             step: environment transitions so far; first in the line.
@@ -256,19 +248,21 @@ class Tracker:
             scalars: points of curves.
             sentence: shown as text; empty where nothing was decided.
         """
-        self._add(self._findings, json.dumps({"step": step, **record}, allow_nan=False).encode() + b"\n")
+        self._files.add(self._findings, json.dumps({"step": step, **record}, allow_nan=False).encode() + b"\n")
         if scalars:
             self._scalars(step, scalars)
         if sentence:
-            self._event(step=step, summary=_torch_summaries().text("plasticity/decisions", sentence))
-        self._write()
+            self._text("plasticity/decisions", sentence, step)
+        self._files.write()
 
     def histograms(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Distributions of tensors' entries by name; nothing for none."""
-        for name, tensor in tensors.items():
-            values = tensor.detach().float().cpu().numpy()
-            self._event(step=step, summary=_torch_summaries().histogram(name, values, HISTOGRAM_BINS))
-        self._write()
+        # copies: training changes the tensors in place, maybe before a service has taken them
+        arrays = {name: tensor.detach().float().cpu().numpy().copy() for name, tensor in tensors.items()}
+        if arrays:
+            for writer in self._writers:
+                writer.histograms(step, arrays)
+        self._files.write()
 
     def last_evaluation(self) -> EvaluationRow | None:
         """The last row of ``eval.csv``, be it of an earlier attempt; None without any.
@@ -276,7 +270,7 @@ class Tracker:
         Raises:
             LogWriteError: the table cannot be read.
         """
-        with _writing(self._evaluations):
+        with writing(self._evaluations):
             *_, last = self._evaluations.read_text(encoding="utf-8").splitlines()
         if last == ",".join(EvaluationRow._fields):
             return None
@@ -285,16 +279,12 @@ class Tracker:
 
     def timing(self, row: TimingRow) -> None:
         """A row of ``timing.csv``, after the number of this attempt: one more than the largest found there before."""
-        self._add(self._timings, _line((self._attempt, *row)))
-        self._write()
+        self._files.add(self._timings, _line((self._attempt, *row)))
+        self._files.write()
 
     def flush(self) -> None:
         """Put everything so far on the disk, so that `RunDirectory.log_lengths` counts all of it."""
-        self._write()
-        findings = [self._findings] if self._findings.exists() else []
-        for path in (self._evaluations, self._timings, self._events, *findings):
-            with _writing(path), open(path, "rb") as file:
-                os.fsync(file.fileno())
+        self._files.sync()
 
     def __enter__(self) -> Tracker:
         return self
@@ -302,35 +292,13 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for writer in self._writers:
+            writer.close(completed=error is None)
         try:
-            self._write()
+            self._files.write()
         except LogWriteError:
             if error is None:  # else there is something more important to tell
                 raise
-
-    def _event(self, step: int = 0, **content: Any) -> None:  # noqa: ANN401 - fields of a protocol buffer
-        """Add an event as a record of TensorFlow's format: length, its CRC, content, its CRC."""
-        protocol = importlib.import_module("tensorboard.compat.proto.event_pb2")
-        records = importlib.import_module("tensorboard.summary.writer.record_writer")
-        record = io.BytesIO()
-        event = protocol.Event(wall_time=time.time(), step=int(step), **content)
-        records.RecordWriter(record).write(event.SerializeToString())
-        self._add(self._events, record.getvalue())
-
-    def _add(self, path: Path, record: bytes) -> None:
-        self._waiting[path] = self._waiting.get(path, b"") + record
-
-    def _write(self) -> None:
-        """Append what waits for each file; one that cannot be written holds back no other."""
-        failure: LogWriteError | None = None
-        for path, content in list(self._waiting.items()):
-            try:
-                _append(path, content)
-                del self._waiting[path]
-            except LogWriteError as error:
-                failure = error
-        if failure is not None:
-            raise failure
 
 
 def scalar_layout() -> dict[str, dict[str, list[Any]]]:
@@ -347,20 +315,10 @@ def scalar_layout() -> dict[str, dict[str, list[Any]]]:
     }
 
 
-def _gif(frames: list[NDArray[np.uint8]], frames_per_second: float) -> bytes:
-    from PIL import Image
-
-    first, *rest = (Image.fromarray(frame) for frame in frames)
-    target = io.BytesIO()
-    milliseconds = max(20, round(1000 / frames_per_second))  # browsers slow down anything faster
-    first.save(target, "GIF", save_all=True, append_images=rest, duration=milliseconds, loop=0)
-    return target.getvalue()
-
-
 def _open_table(path: Path, columns: tuple[str, ...]) -> None:
     """Make the table, or check its header and drop a last row that a killed process left incomplete."""
     header = ",".join(columns)
-    with _writing(path):
+    with writing(path):
         content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         if not whole:
@@ -377,44 +335,11 @@ def _open_table(path: Path, columns: tuple[str, ...]) -> None:
 
 def _last_attempt(timings: Path) -> int:
     """The largest number in the first column of ``timing.csv``; 0 without rows."""
-    with _writing(timings):
+    with writing(timings):
         _, *rows = timings.read_text(encoding="utf-8").splitlines()
     return max((int(row.partition(",")[0]) for row in rows), default=0)
-
-
-def _torch_summaries() -> Any:  # noqa: ANN401 - a module without types
-    return importlib.import_module("torch.utils.tensorboard.summary")  # takes a second, and most commands never log
-
-
-def _new_event_file(directory: Path) -> Path:
-    """An empty file; TensorBoard reads those of a directory in the order of their names."""
-    stem, number = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}", 0
-    while (path := directory / f"{stem}.{number}").exists():
-        number += 1
-    path.touch()
-    return path
 
 
 def _line(row: tuple[float, ...]) -> bytes:
     cells = (str(int(value)) if isinstance(value, int | np.integer) else repr(float(value)) for value in row)
     return ",".join(cells).encode() + b"\n"
-
-
-def _append(path: Path, content: bytes) -> None:
-    """Add it all, or leave the file as it was: a torn record would swallow the next one."""
-    with _writing(path), open(path, "ab", buffering=0) as file:  # a buffer would be flushed once more on closing
-        size = file.tell()
-        try:
-            while content:
-                content = content[file.write(content) :]
-        except OSError:
-            os.ftruncate(file.fileno(), size)
-            raise
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise LogWriteError(f"logs in {path} cannot be written ({error.strerror or error}); {remedy(error)}") from error

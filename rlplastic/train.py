@@ -14,6 +14,13 @@ from rlplastic.errors import ConfigurationError, Interrupted
 
 def main(arguments: Sequence[str]) -> None:
     """Train as the arguments say; see `rlplastic.training.train_agent` for the errors."""
+    if any(argument in ("-h", "--help") for argument in arguments):
+        if "all" not in arguments:
+            from rlplastic.train_help import train_help
+
+            print(train_help())
+            return
+        arguments = [argument for argument in arguments if argument != "all"]
     if any(argument.startswith("-") for argument in arguments):
         _through_hydra(arguments)
         return

@@ -19,13 +19,14 @@ from rlplastic.agents import COLUMNS, make_agent, working_bytes
 from rlplastic.checkpoint import Loaded
 from rlplastic.command_line import flatten, override_key
 from rlplastic.composition import compose
-from rlplastic.config import HANDLING, Config, SACConfig, schema
+from rlplastic.config import BUDGETS, HANDLING, Config, SACConfig, schema
 from rlplastic.distributed import Group, joined, restarts
 from rlplastic.errors import ConfigurationError, telling_of_memory
 from rlplastic.evaluation import Evaluation
 from rlplastic.initialisation import initialise
 from rlplastic.loop import train
-from rlplastic.presets import MACHINE_KEYS, Choice, Machine, machine_from, probe_machine, resolve
+from rlplastic.machine import Machine, machine_from, probe_machine
+from rlplastic.presets import MACHINE_KEYS, Choice, resolve
 from rlplastic.progress import Budget, Progress, Stopwatch
 from rlplastic.replay import memory
 from rlplastic.reporting import Follower, Reporter
@@ -34,8 +35,9 @@ from rlplastic.session import Session, build
 from rlplastic.sharding import ShardedStore
 from rlplastic.terminal import View, banner
 from rlplastic.tracking import Tracker
+from rlplastic.writers import services
 
-IDENTITY_IGNORES = ("env_steps", "max_minutes", *HANDLING)
+IDENTITY_IGNORES = (*BUDGETS, *HANDLING)
 """Settings that do not make a run a different one: stop conditions, cadences, logging, and where it lies."""
 
 MONITOR = {
@@ -220,7 +222,7 @@ def _train(
             banner([("run", str(directory.path), source), *describe(session, choices), memory_row])
         if config.compile == "on":
             view.note("the first updates compile the learner, which takes 20 to 60 seconds on two cores")
-        with Tracker(directory.path) as tracker, view:
+        with _tracker(config, directory, view) as tracker, view:
             if loaded is None:
                 written = (directory.path / "config.yaml").read_text(encoding="utf-8")
                 tracker.text("configuration", f"```yaml\n{written}```", 0)
@@ -241,6 +243,13 @@ def _train(
         return Result(directory.path, session.progress.transitions, session.agent.updates, reporter.last_evaluation)
     finally:
         session.envs.close()
+
+
+def _tracker(config: Config, directory: RunDirectory, view: View) -> Tracker:
+    wanted, path = config.tracking.writers, directory.path
+    name = str(path.relative_to(config.runs))
+    told = services.Run(path, name, config.tracking.project, flatten(asdict(config)))
+    return Tracker(path, services.start(wanted, told, view.warn), services.TENSORBOARD in wanted)
 
 
 def _tell_profile(session: Session, view: View) -> None:

@@ -131,6 +131,7 @@ class Watcher:
     def __init__(self, config: Config, agent: Agent, replay: ReplayRing, planned_updates: int | None) -> None:
         self.config, self.agent, self.replay, self.planned_updates = config, agent, replay, planned_updates
         self.events: list[Event] = []
+        self.edited: Callable[[], None] = lambda: None
         assert config.agent.gamma is not None and config.agent.critic_width and config.agent.actor_width
         self._key = partial(seeding.key, "monitor", config.seed)
         widths = max(config.agent.critic_width, config.agent.actor_width)
@@ -356,7 +357,8 @@ class Watcher:
         self._branch = self._common = self._before = None
 
     def rebase(self) -> None:
-        """Angles, distances and speeds are measured from the weights as they are now."""
+        """Angles, distances and speeds are measured from the weights as they are now; `edited` is called."""
+        self.edited()
         self._initial = self._previous = self._weights()
         self._previous_at = self.agent.updates
 

@@ -10,7 +10,8 @@ from small_runs import run
 from rlplastic.composition import GROUPS, choices_of, compose, in_hydra_grammar, refuse_unknown
 from rlplastic.envs.catalogue import EXAMPLES, FAMILIES
 from rlplastic.errors import ConfigurationError
-from rlplastic.presets import Machine, resolve
+from rlplastic.machine import Machine
+from rlplastic.presets import resolve
 
 
 def machine() -> Machine:
@@ -24,10 +25,12 @@ MISTAKES = [
     ("agent=ppo", "agent=ppo is not a choice of agent; valid names: flashsac, sac"),
     ("monitor=act", "monitor=act is not a choice of monitor"),
     ("preset=paper", "did you mean 'paper_"),
-    ("seed=abc", "seed=abc was refused"),
+    ("seed=abc", "seed=abc was refused; expected a whole number"),
+    ("overlap=perhaps", "overlap=perhaps was refused; expected true or false"),
+    ("monitor.ladder=redo", "monitor.ladder=redo was refused; expected a list in brackets"),
     ("env.num_envs=2.5", "env.num_envs=2.5 was refused"),
     ("replay_ratio=true", "replay_ratio=true was refused"),
-    ("max_minutes=soon", "max_minutes=soon was refused"),
+    ("max_minutes=soon", "max_minutes=soon was refused; expected a number"),
     ("humanoid", "'humanoid' is not of the form key=value"),
     ("env={", "env={"),
     ("enviroment=hopper", "unknown key 'enviroment'; did you mean 'env'"),
@@ -172,8 +175,8 @@ def test_a_family_without_a_task_is_refused_with_an_example_that_composes(family
     assert compose([f"env={family}", example]).env.task == EXAMPLES[family]
 
 
-def test_help_lists_the_choices_that_can_be_made_and_no_schema() -> None:
-    shown = run("--help")
+def test_help_all_lists_the_choices_that_can_be_made_and_no_schema() -> None:
+    shown = run("--help", "all")
     assert shown.returncode == 0 and "schema" not in shown.stdout
     for group in GROUPS:
         assert f"\n{group}: {', '.join(choices_of(group))}\n" in shown.stdout

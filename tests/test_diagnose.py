@@ -323,6 +323,8 @@ def test_wrong_runs_are_refused(runs: dict[str, Path], tmp_path: Path) -> None:
         diagnose_run(tmp_path / "empty")
     with pytest.raises(ConfigurationError, match="ranks of layer"):
         diagnose_run(runs["sac"], rows=15)
+    with pytest.raises(ConfigurationError, match=r"rows=1,000,000 is more than the .* transitions of the replay"):
+        diagnose_run(runs["sac"], rows=1_000_000)
 
 
 def test_the_command_itself_says_what_it_takes() -> None:

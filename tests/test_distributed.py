@@ -18,7 +18,8 @@ from rlplastic.composition import compose
 from rlplastic.config import Config
 from rlplastic.distributed import ALONE, Bucket, Group, joined, restarts, share_of
 from rlplastic.errors import CheckpointWriteError, ConfigurationError, DistributedError
-from rlplastic.presets import probe_machine, resolve
+from rlplastic.machine import probe_machine
+from rlplastic.presets import resolve
 
 
 def resolved(*overrides: str) -> Config:

@@ -327,7 +327,6 @@ def test_mean_curve_and_interval_agree_with_the_closed_form(grid: ModuleType) ->
     x, mean_curve, _ = results.mean_curve([first, second])
     assert x.tolist() == [5, 10, 15, 20, 30]
     assert mean_curve == pytest.approx([3.0, 6.0, 9.0, 12.0, 13.0])  # the first curve holds its 20 from step 20 on
-    assert results.curve_area(np.array([0.0, 1.0, 4.0]), np.array([0.0, 2.0, 2.0])) == pytest.approx(7 / 4)
 
 
 def test_wall_seconds_add_up_over_attempts_and_train_seconds_already_have(grid: ModuleType, tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ from rlplastic import train_agent
 from rlplastic.agents import subjects
 from rlplastic.composition import compose
 from rlplastic.errors import ConfigurationError
+from rlplastic.machine import Machine
 from rlplastic.pacing import Pacer
 from rlplastic.plasticity import measure
 from rlplastic.plasticity.replay_ratio import SIGNALS, Decision
-from rlplastic.presets import Machine, resolve
+from rlplastic.presets import resolve
 
 ADAPTIVE = ["replay_ratio=adaptive", "adaptive.window=50", "evaluation.every=0"]
 ALL = f"adaptive.signal={','.join(SIGNALS)}"
@@ -266,3 +267,23 @@ def test_batch_norm_keeps_the_published_signal_flat_so_that_the_rule_fires_early
     assert max(seen["sac"][0]) - min(seen["sac"][0]) > 0.1
     assert seen["flashsac"][1][-1] == 2.0 and seen["sac"][1][-1] == 0.5
     assert "adaptive.signal=fau says nothing on this critic" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_after_an_intervention_signals_are_compared_anew_and_the_ratio_stays(tmp_path: Path, spied: list) -> None:
+    options = [option for option in SHORT if option != "monitor=off"]
+    options += ["monitor=scheduled", "monitor.scheduled_every=30", "adaptive.signal=angular_speed,weight_norm"]
+    train_agent([*options, f"runs={tmp_path}", "name=run"], quiet=True)
+    findings = [json.loads(line) for line in (tmp_path / "run" / "plasticity.jsonl").read_text().splitlines()]
+    told = [finding["event"] for finding in findings if finding["event"] in ("scheduled", "replay_ratio")]
+    decisions = iter(decision for _, _, decision in spied)
+    ratio, after_an_edit = None, False
+    for event in told:
+        if event == "scheduled":
+            after_an_edit = True
+            continue
+        decision = next(decisions)
+        if after_an_edit and ratio is not None:
+            assert not decision.worse and decision.ratio == ratio
+        ratio, after_an_edit = decision.ratio, False
+    assert any(decision.worse for _, _, decision in spied) and told.index("replay_ratio") < told.index("scheduled")

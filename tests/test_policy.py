@@ -133,8 +133,12 @@ def test_missing_run_names_its_neighbours(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"does not exist.*did you mean '.*/humanoid_flashsac_seed0'"):
         load_policy(tmp_path / "humanoid_flashsac_seed")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigurationError, match=r"holds no config\.yaml"):
+    (tmp_path / "empty" / "checkpoints").mkdir()  # of a run whose configuration is lost
+    with pytest.raises(ConfigurationError, match=r"holds no config\.yaml.*valid names: \S+/humanoid_flashsac_seed0$"):
         load_policy(tmp_path / "empty")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError, match="is a file; expected a run directory"):
+        load_policy(tmp_path / "file")
 
 
 def test_names_of_runs_are_told_as_they_are_typed_and_folders_that_are_no_runs_are_not(

@@ -8,7 +8,8 @@ import pytest
 
 from rlplastic.composition import compose
 from rlplastic.errors import ConfigurationError
-from rlplastic.presets import Machine, machine_from, probe_machine, resolve
+from rlplastic.machine import Machine, machine_from, probe_machine
+from rlplastic.presets import resolve
 
 
 def machine(**changes: object) -> Machine:

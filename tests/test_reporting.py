@@ -22,7 +22,7 @@ from tensorboard.plugins.hparams.metadata import (
     parse_session_start_info_plugin_data,
 )
 
-from rlplastic import reporting, tracking, train_agent
+from rlplastic import record_files, reporting, train_agent
 from rlplastic.errors import LogWriteError
 from rlplastic.progress import Progress
 from rlplastic.session import Session
@@ -34,13 +34,13 @@ class FullDisk:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, first: int, last: int) -> None:
         self.count, self.first, self.last = 0, first, last
-        self._really = tracking._append
-        monkeypatch.setattr(tracking, "_append", self._append)
+        self._really = record_files.append
+        monkeypatch.setattr(record_files, "append", self._append)
 
     def _append(self, path: Path, content: bytes) -> None:
         self.count += 1
         if self.first <= self.count <= self.last:
-            with tracking._writing(path):
+            with record_files.writing(path):
                 raise OSError(errno.ENOSPC, "No space left on device")
         self._really(path, content)
 

@@ -22,7 +22,8 @@ from tensorboard.plugins.hparams import metadata
 from rlplastic.errors import ConfigurationError, LogWriteError
 from rlplastic.run_directory import RunDirectory
 from rlplastic.terminal import Status, View, banner, duration, plain_line
-from rlplastic.tracking import MAX_GIF_FRAMES, SCALARS, SECTIONS, EvaluationRow, TimingRow, Tracker, scalar_layout
+from rlplastic.tracking import SCALARS, SECTIONS, EvaluationRow, TimingRow, Tracker, scalar_layout
+from rlplastic.writers.tensorboard import MAX_GIF_FRAMES
 
 STATUS = Status(
     step=12_000,
@@ -182,17 +183,18 @@ def test_row_that_only_half_fits_on_the_disk_is_taken_back(tmp_path: Path) -> No
     program = f"""
 import pathlib, resource, signal
 from rlplastic.errors import LogWriteError
-from rlplastic.tracking import _append, _line
+from rlplastic.record_files import append
+from rlplastic.tracking import _line
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 table = pathlib.Path({str(tmp_path / "eval.csv")!r})
-_append(table, _line((1, 0.5)))
+append(table, _line((1, 0.5)))
 resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
 try:
-    _append(table, _line((2, 0.123456789)))
+    append(table, _line((2, 0.123456789)))
 except LogWriteError as error:
     print(error)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-_append(table, _line((3, 0.25)))
+append(table, _line((3, 0.25)))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -234,7 +236,7 @@ def test_what_could_not_be_written_comes_later_in_its_order_and_once(
             for step in range(1, 7):
                 with monkeypatch.context() as patch:
                     if step in broken:
-                        patch.setattr("rlplastic.tracking._append", full)
+                        patch.setattr("rlplastic.record_files.append", full)
                     for write in (
                         lambda step=step: tracker.scalars(step, {"loss/critic": step / 7}),
                         lambda step=step: tracker.evaluation(evaluation_row(step, step / 3)),
@@ -264,7 +266,7 @@ def test_logs_that_stay_unwritten_are_an_error_unless_there_is_a_worse_one(
 ) -> None:
     for error in (LogWriteError, ZeroDivisionError):
         with monkeypatch.context() as patch, pytest.raises(error), Tracker(tmp_path) as tracker:
-            patch.setattr("rlplastic.tracking._append", full)
+            patch.setattr("rlplastic.record_files.append", full)
             with suppress(LogWriteError):
                 tracker.timing(timing_row(1))
             if error is ZeroDivisionError:

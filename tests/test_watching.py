@@ -18,9 +18,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rlplastic import train_agent
 from rlplastic.composition import compose
-from rlplastic.config import Config
+from rlplastic.config import Config, MonitorConfig
 from rlplastic.errors import ConfigurationError
-from rlplastic.presets import probe_machine, resolve
+from rlplastic.machine import probe_machine
+from rlplastic.plasticity.monitor import Rules
+from rlplastic.presets import resolve
 from rlplastic.session import planned_updates
 from rlplastic.watching import rules_of, schedule_of
 
@@ -149,6 +151,14 @@ def test_held_out_episodes_give_the_held_out_error_and_its_gap(tmp_path: Path) -
 
 def config_of(*overrides: str) -> Config:
     return resolve(compose([*RUN, *overrides]), probe_machine("cpu"))[0]
+
+
+def test_rules_for_any_loop_have_the_defaults_of_a_run() -> None:
+    rules = vars(Rules())
+    settings = {name: value for name, value in vars(MonitorConfig()).items() if name in rules and value is not None}
+    assert {name: rules[name] for name in settings} == settings | {"ladder": tuple(settings["ladder"])}
+    unlimited = rules_of(MonitorConfig(), None)
+    assert unlimited == Rules()
 
 
 def test_cadences_shrink_to_a_twentieth_a_fifth_and_a_half_of_a_short_run() -> None:

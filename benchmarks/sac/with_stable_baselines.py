@@ -23,7 +23,8 @@ from rlplastic.composition import compose
 from rlplastic.config import Config, SACConfig
 from rlplastic.errors import ConfigurationError
 from rlplastic.evaluation import evaluate
-from rlplastic.presets import probe_machine, resolve
+from rlplastic.machine import probe_machine
+from rlplastic.presets import resolve
 
 COLUMNS = ("step", "updates", "episodes", "return_mean", "return_std", "return_ci95_low", "return_ci95_high")
 

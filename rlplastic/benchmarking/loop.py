@@ -18,7 +18,8 @@ from rlplastic.checkpoint import CheckpointStore
 from rlplastic.composition import compose
 from rlplastic.envs import catalogue
 from rlplastic.loop import advance
-from rlplastic.presets import probe_machine, resolve
+from rlplastic.machine import probe_machine
+from rlplastic.presets import resolve
 from rlplastic.run_directory import RunDirectory
 from rlplastic.session import build
 

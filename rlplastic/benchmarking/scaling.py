@@ -15,7 +15,7 @@ import torch
 from rlplastic.benchmarking import loop
 from rlplastic.benchmarking.timing import interleaved
 from rlplastic.envs.base import AutoresetMode, Step
-from rlplastic.presets import probe_machine
+from rlplastic.machine import probe_machine
 from rlplastic.replay import ReplayRing, Sampler
 
 OBSERVATIONS, ACTIONS, ENVS, BATCH, GAMMA = 17, 6, 64, 512, 0.99

@@ -20,7 +20,8 @@ from rlplastic.acceleration import barrier
 from rlplastic.agents import make_agent
 from rlplastic.benchmarking.timing import interleaved
 from rlplastic.composition import compose
-from rlplastic.presets import probe_machine, resolve
+from rlplastic.machine import probe_machine
+from rlplastic.presets import resolve
 from rlplastic.replay.sample import Batch
 
 OBSERVATIONS, ACTIONS = 348, 17

@@ -1,16 +1,19 @@
-"""Does an environment keep the contract of `rlplastic.envs.base`? Watched from outside, on any `VectorEnv`.
+"""Does an environment keep the contract of `rlplastic.envs.base`? Watched from outside.
 
     python -m rlplastic.envs.checker task=Ant-v5
     python -m rlplastic.envs.checker env=g1 num_envs=8 steps=1500
     python -m rlplastic.envs.checker task=Pendulum-v1 backend=gymnasium autoreset=disabled
     python -m rlplastic.envs.checker env=torch task=module:factory device=cuda
 
-Prints one line per check and leaves with 0 if none failed, 2 otherwise, 130 if interrupted. For an environment of your
-own call `check` with a function that builds it from a list of seeds.
+Keys: env, a short name, or task; all of training's env.…; and of the check num_envs (4), steps
+(0: a little more than one time limit) and seed (0). Prints one line per check and leaves with 0 if
+none failed, 2 otherwise, 130 if interrupted. For an environment of your own call `check` with a
+function that builds it from a list of seeds.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -22,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rlplastic.command_line import leave, run_verb
+from rlplastic.command_line import leave, refused, run_verb
 from rlplastic.envs.base import ActionMap, AutoresetMode, Observation, Step, VectorEnv
 from rlplastic.envs.episodes import EpisodeStatistics, FinishedEpisodes
 from rlplastic.envs.gymnasium_adapter import in_words, raised_at
@@ -455,7 +458,7 @@ def _configuration(arguments: Sequence[str]) -> tuple[EnvConfig, dict[str, int]]
         dotlist = OmegaConf.from_dotlist([f"{name}={value}" for name, value in settings.items()])
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(EnvConfig), plain, dotlist))
     except OmegaConfBaseException as error:
-        raise ConfigurationError(str(error).splitlines()[0]) from error
+        raise ConfigurationError(refused(" ".join(arguments), error)) from error
     assert isinstance(config, EnvConfig)
     catalogue.require_task(config.family, config.task)
     return config, numbers
@@ -473,7 +476,7 @@ def main(arguments: Sequence[str]) -> None:
     from rlplastic.envs import build_envs
 
     if any(argument in ("-h", "--help") for argument in arguments):
-        print("usage: python -m rlplastic.envs.checker env=<short name> | task=<name> [family=…] [backend=gymnasium] …")
+        print(inspect.cleandoc(__doc__ or ""))
         return
     config, numbers = _configuration(arguments)
     report = check(partial(build_envs, config), numbers["num_envs"], numbers["steps"] or None, numbers["seed"])

@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 _Vector: TypeAlias = Any  # a SyncVectorEnv or an AsyncVectorEnv; only the latter has step_async and step_wait
 _VECTORIZATIONS = ("sync", "async")
+CLOSING = 30.0
+"""Seconds that processes have to finish a step and close their environments before they are ended."""
 _AUTORESETS = ("next_step", "same_step", "disabled")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _NOT_THE_ENVIRONMENT = re.compile(
@@ -212,21 +215,50 @@ class GymnasiumEnv:
         return Step(groups, reward.astype(np.float32), terminated, truncated, info)
 
     def close(self) -> None:
-        """End the processes and free the environments; calling it twice is harmless."""
+        """End the processes and free the environments; calling it twice is harmless.
+
+        Raises:
+            EnvironmentContractError: an environment raised, or a process had to be ended after `CLOSING` seconds.
+        """
         if self._env is None:
             return
+        with self._deadline() as overdue:
+            try:
+                if self._is_async and self._actions is not None:
+                    with suppress(Exception):  # nobody waits for this step any more
+                        self._env.step_wait()
+                if overdue.is_set():
+                    self._give_up_workers()
+                self._env.close()
+            except Exception as error:
+                self._give_up_workers()
+                if not (self._broken or overdue.is_set()):  # else it was told, or is told below
+                    self._blame("close", error)
+            finally:
+                self._env = None
+                atexit.unregister(self._kill_workers)
+        if overdue.is_set():
+            raise EnvironmentContractError(
+                f"a process of {self._name} was still busy {CLOSING:g} s after it was to end, and was ended; mend the "
+                f"environment's step() or close(), and look at it alone with {self._checker}"
+            )
+
+    @contextmanager
+    def _deadline(self) -> Iterator[threading.Event]:
+        """End processes that the block still waits for after `CLOSING` seconds; the event says whether that was so."""
+        overdue = threading.Event()
+
+        def end() -> None:
+            overdue.set()
+            self._kill_workers()
+
+        timer = threading.Timer(CLOSING, end)
+        timer.daemon = True
+        timer.start()
         try:
-            if self._is_async and self._actions is not None:
-                with suppress(Exception):  # nobody waits for this step any more
-                    self._env.step_wait()
-            self._env.close()
-        except Exception as error:
-            self._give_up_workers()
-            if not self._broken:  # else it was told
-                self._blame("close", error)
+            yield overdue
         finally:
-            self._env = None
-            atexit.unregister(self._kill_workers)
+            timer.cancel()
 
     def _final(self, final_obs: Array, done: NDArray[np.bool_]) -> Observation:
         """gymnasium's object array of single observations as groups (N, dim); rows without an end are zero."""

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlplastic.errors import ConfigurationError
+
 STEEP = 1e30
 """Turns any activation that matters into one above 1 or below 0."""
 
@@ -35,6 +37,21 @@ def _active(wide: Tensor, scale: Tensor, shift: Tensor, gradient: Tensor, relu: 
     return gradient * ((wide * scale.unsqueeze(-1) + shift.unsqueeze(-1)) * STEEP).clamp(0, 1)
 
 
+class _Underived(torch.autograd.Function):
+    """Passes a gradient on that was made by hand; asked for a derivative of it, it says that there is none."""
+
+    @staticmethod
+    def forward(_: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:  # noqa: ANN401 - torch's context
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:  # noqa: ANN401 - torch's context
+        raise ConfigurationError(
+            "a batch norm with batch statistics has no second derivative; expected a loss with first derivatives only, "
+            "or running statistics: evaluate the network with those"
+        )
+
+
 class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -53,7 +70,7 @@ class _Normalise(torch.autograd.Function):
         scale = gamma * inverse
         shift = beta - mean * scale
         y = wide * scale.unsqueeze(-1) + shift.unsqueeze(-1)
-        ctx.save_for_backward(x, mean, inverse, scale, shift)
+        ctx.save_for_backward(x, gamma, mean, inverse, scale, shift)
         ctx.relu = relu
         ctx.mark_non_differentiable(mean, variance)
         return (y.relu() if relu else y).to(dtype), mean, variance
@@ -65,7 +82,8 @@ class _Normalise(torch.autograd.Function):
         _mean: Tensor,
         _variance: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        x, mean, inverse, scale, shift = ctx.saved_tensors
+        x, gamma, mean, inverse, scale, shift = ctx.saved_tensors
+        inputs = (gradient, x, gamma)
         wide = _wide(x)
         gradient = _active(wide, scale, shift, gradient, ctx.relu)
         normalised = (wide - mean.unsqueeze(-1)) * inverse.unsqueeze(-1)
@@ -76,7 +94,11 @@ class _Normalise(torch.autograd.Function):
             rows = x.shape[-1]
             centred = gradient - (to_beta / rows).unsqueeze(-1) - normalised * (to_gamma / rows).unsqueeze(-1)
             to_x = (scale.unsqueeze(-1) * centred).sum_to_size(x.shape).to(x.dtype)
-        return to_x, to_gamma, to_beta, None, None, None
+        found: tuple[Tensor | None, ...] = (to_x, to_gamma, to_beta)
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            # The statistics were saved as numbers: a derivative of these gradients would miss what depends on them.
+            found = tuple(None if each is None else _Underived.apply(each, *inputs) for each in found)  # type: ignore[no-untyped-call]
+        return *found, None, None, None
 
 
 class _Affine(torch.autograd.Function):

@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rlplastic.errors import ConfigurationError
-from rlplastic.plasticity import wording
 from rlplastic.plasticity.interventions import INTERVENTIONS
 from rlplastic.plasticity.patient import Patient, copy_of
-from rlplastic.plasticity.probe import Probe
+from rlplastic.plasticity.probe import Probe, in_words
 from rlplastic.plasticity.probe import probe as measure_probe
 from rlplastic.plasticity.representation import rank_correlation
 
@@ -61,7 +60,7 @@ class Rules:
     ill: float = 1.5
     ill_gap: float = 0.1
     healthy: float = 1.2
-    ladder: tuple[str, ...] = ("optimizer_reset", "last_layer_reset", "shrink_and_perturb", "full_reset")
+    ladder: tuple[str, ...] = ("optimizer_reset", "redo", "last_layer_reset", "shrink_and_perturb", "full_reset")
     max_interventions: int = 4
     budget: float = 0.15
     planned_updates: int | None = None
@@ -298,7 +297,7 @@ def verify(evidence: Evidence, found: Probe, rules: Rules) -> Verdict:
     frozen_counts = bool(missed < evidence.returns.double().var(correction=0))
     margin, objections = rules.value_margin, []
     if not found.worst <= rules.healthy:
-        objections.append(f"it learns {wording.pace(found.worst)}")
+        objections.append(f"it learns {in_words(found.worst)}")
     if math.isnan(branch.rank_correlation):
         objections.append("it gives all transitions the same value")
     elif branch.rank_correlation < twin.rank_correlation - rules.rank_margin:

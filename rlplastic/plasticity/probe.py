@@ -175,3 +175,14 @@ def _learn(patient: Patient, network: nn.Module, states: States, goal: Tensor, u
         project()
         total += losses.detach().clamp(max=CAP)
     return total / len(picks)
+
+
+def in_words(ratio: float) -> str:
+    """How fast a patient with a probe's ratio learns: ``38 % more slowly than a fresh network``."""
+    if not math.isfinite(ratio):
+        return "nothing: its numbers are not finite"
+    if ratio >= 2:
+        return f"{ratio:.1f} times as slowly as a fresh network"
+    if abs(ratio - 1) < 0.05:
+        return "as fast as a fresh network"
+    return f"{abs(ratio - 1):.0%} {'more slowly' if ratio > 1 else 'faster'} than a fresh network".replace("%", " %")

@@ -98,6 +98,10 @@ class Rule(Protocol):
         """The ratio from now on; signals that are missing or not finite were not available in this window."""
         ...
 
+    def rebase(self) -> None:
+        """The network was edited: readings from before say nothing of those to come; the ratio stays."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """All of its state, as JSON can hold it."""
         ...
@@ -137,6 +141,10 @@ class PlateauRule:
             return Decision(self.ratio, 0, f"{told}, more than {self.tolerance:g}", {self.signal: moved})
         self._fired, self.ratio = True, self.high
         return Decision(self.ratio, 1, f"{told}, at most {self.tolerance:g}: a plateau", {self.signal: moved})
+
+    def rebase(self) -> None:
+        """See `Rule.rebase`; a rule that fired has fired for good."""
+        self._previous = None
 
     def state_dict(self) -> dict[str, Any]:
         """See `Rule.state_dict`."""
@@ -222,6 +230,10 @@ class ContinuousRule:
             reference += (level - reference) / self.memory
         self._levels[name], self._references[name] = level, reference
         return worse
+
+    def rebase(self) -> None:
+        """See `Rule.rebase`; the next reading is what references begin with."""
+        self._levels, self._references = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
         """See `Rule.state_dict`."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rlplastic.plasticity.monitor import Alarm, Attempt, Verdict
+from rlplastic.plasticity.monitor import Alarm, Attempt, Verdict
+from rlplastic.plasticity.probe import in_words
 
 NAMES = {
     "batch_norm_reestimation": "re-estimation of batch-norm statistics",
@@ -28,17 +27,6 @@ def intervention(name: str) -> str:
     return NAMES.get(name, name.replace("_", " "))
 
 
-def pace(ratio: float) -> str:
-    """A probe's ratio: ``38 % more slowly than a fresh network``."""
-    if not math.isfinite(ratio):
-        return "nothing: its numbers are not finite"
-    if ratio >= 2:
-        return f"{ratio:.1f} times as slowly as a fresh network"
-    if abs(ratio - 1) < 0.05:
-        return "as fast as a fresh network"
-    return f"{abs(ratio - 1):.0%} {'more slowly' if ratio > 1 else 'faster'} than a fresh network".replace("%", " %")
-
-
 def percent(share: float) -> str:
     """``+12 %``."""
     return f"{share:+.0%}".replace("%", " %") if math.isfinite(share) else "unknown"
@@ -57,7 +45,7 @@ def alarm(found: Alarm) -> str:
 def probed(name: str, ratio: float, ill: bool, alarmed: bool) -> str:
     """What a probe found."""
     verdict = "it is ill" if ill else "no illness, a false alarm" if alarmed else "no illness"
-    return f"the {name} learns {pace(ratio)}: {verdict}"
+    return f"the {name} learns {in_words(ratio)}: {verdict}"
 
 
 def no_cure(name: str, attempts: Sequence[Attempt]) -> str:
@@ -70,7 +58,7 @@ def no_cure(name: str, attempts: Sequence[Attempt]) -> str:
 
 def judged(outcome: str, name: str, what: str, ill: float, verdict: Verdict) -> str:
     """The outcome of a verification."""
-    subject = f"the {name} learned {pace(ill)}: {intervention(what)}"
+    subject = f"the {name} learned {in_words(ill)}: {intervention(what)}"
     if outcome == "committed":
         return (
             f"{subject}, verified beside its untouched twin (error against returns {percent(-verdict.gain)}, rank "

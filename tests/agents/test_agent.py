@@ -17,7 +17,8 @@ from rlplastic.agents.flashsac import FlashSAC, update
 from rlplastic.composition import compose
 from rlplastic.config import CategoricalCriticConfig, FlashSACConfig
 from rlplastic.envs.base import Step
-from rlplastic.presets import probe_machine, resolve
+from rlplastic.machine import probe_machine
+from rlplastic.presets import resolve
 from rlplastic.progress import MetricMeans
 from rlplastic.replay.sample import Batch
 

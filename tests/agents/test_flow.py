@@ -25,7 +25,8 @@ from rlplastic.agents.sac import update as sac_update
 from rlplastic.agents.sac.networks import Critic
 from rlplastic.composition import compose
 from rlplastic.config import FlashSACConfig, FlowCriticConfig, SACConfig
-from rlplastic.presets import probe_machine, resolve
+from rlplastic.machine import probe_machine
+from rlplastic.presets import resolve
 from rlplastic.progress import MetricMeans
 from rlplastic.replay.sample import Batch
 

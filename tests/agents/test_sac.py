@@ -23,7 +23,8 @@ from rlplastic.agents.sac.networks import Actor, Critic, actor_like
 from rlplastic.composition import compose
 from rlplastic.config import SACConfig, ScalarCriticConfig
 from rlplastic.envs.base import Step
-from rlplastic.presets import probe_machine, resolve
+from rlplastic.machine import probe_machine
+from rlplastic.presets import resolve
 from rlplastic.progress import MetricMeans
 from rlplastic.replay.sample import Batch
 

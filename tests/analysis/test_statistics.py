@@ -90,6 +90,7 @@ def test_profile_counts_the_runs_above_every_threshold() -> None:
 def test_area_is_the_mean_height_whatever_the_spacing() -> None:
     x = np.array([0.0, 1.0, 5.0, 10.0])
     assert curve_area(x, 3 * x + 1) == pytest.approx(16.0)
+    assert curve_area(np.array([0.0, 1.0, 4.0]), np.array([0.0, 2.0, 2.0])) == pytest.approx(7 / 4)
     assert curve_area(np.array([7.0]), np.array([2.0])) == 2.0
     assert curve_area(np.array([7.0, 7.0]), np.array([2.0, 3.0])) == 3.0
 

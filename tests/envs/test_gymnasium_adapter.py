@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import gymnasium
@@ -293,6 +294,8 @@ class Faulty(gymnasium.Env):
         return np.zeros(2, np.float32), {}
 
     def step(self, action):
+        if self.fault == "hangs":
+            time.sleep(1000)
         self.count += 1
         if self.count == 3:
             if self.fault == "step":
@@ -308,6 +311,8 @@ class Faulty(gymnasium.Env):
         return np.zeros(2, np.float32), 0.0, False, False, {}
 
     def close(self):
+        if self.fault == "never ends":
+            time.sleep(1000)
         if self.fault == "close":
             raise OSError("robot unplugged")
 
@@ -438,6 +443,27 @@ def test_an_environment_that_cannot_be_closed_says_so_once(faulty: Callable[...,
     with pytest.raises(EnvironmentContractError, match=told):
         envs.close()
     envs.close()
+
+
+@pytest.mark.parametrize("where", ["step", "close"])
+def test_a_process_that_never_ends_is_ended(
+    where: str, faulty: Callable[..., GymnasiumEnv], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlplastic.envs.gymnasium_adapter.CLOSING", 0.5)
+    envs = faulty("hangs" if where == "step" else "", "async")
+    envs.reset()
+    if where == "step":
+        envs.send(np.zeros((2, envs.action_dim), np.float32))
+    else:
+        envs._env.set_attr("fault", "never ends")
+    began = monotonic()
+    with pytest.raises(EnvironmentContractError, match=r"still busy 0\.5 s after it was to end"):
+        envs.close()
+    envs.close()
+    assert monotonic() - began < 30
+    for worker in envs._workers:
+        worker.join(10)
+        assert worker.exitcode is not None
 
 
 def test_a_constructor_that_raises_is_named_with_its_line(faulty: Callable[..., GymnasiumEnv]) -> None:

@@ -219,3 +219,24 @@ def test_directions_are_those_of_the_metrics() -> None:
 def test_numbers_that_contradict_each_other_are_refused(numbers: dict[str, float]) -> None:
     with pytest.raises(ConfigurationError, match="do not go together"):
         ContinuousRule(**({"low": 0.5, "high": 2.0} | numbers))
+
+
+def test_after_an_edit_of_the_network_the_next_reading_is_the_reference_and_the_ratio_stays() -> None:
+    rule, fresh = ContinuousRule(low=0.5, high=2.0), ContinuousRule(low=0.5, high=2.0)
+    for _ in range(3):
+        rule.decide({"weight_norm": 1.0})
+    ratio = rule.ratio
+    rule.rebase()
+    decision = rule.decide({"weight_norm": 50.0})
+    assert ratio > 0.5 and (decision.ratio, decision.move, decision.worse) == (ratio, 0, {})
+    fresh.decide({"weight_norm": 50.0})
+    assert rule.decide({"weight_norm": 51.0}).worse == fresh.decide({"weight_norm": 51.0}).worse != {}
+
+
+def test_the_published_rule_does_not_compare_across_an_edit_and_stays_where_it_fired() -> None:
+    rule = PlateauRule()
+    rule.decide({"fau": 0.5})
+    rule.rebase()
+    assert rule.decide({"fau": 0.5}).ratio == rule.low and rule.decide({"fau": 0.5}).ratio == rule.high
+    rule.rebase()
+    assert rule.decide({"fau": 0.9}).ratio == rule.high
