@@ -18,7 +18,7 @@ comma := ,
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := rlplastic tests benchmarks
+SOURCES := rlplastic tests benchmarks examples
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 # One thread per test worker: the workers already fill the cores. The caller's PYTHONPATH must not shadow .venv.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
@@ -71,4 +71,4 @@ format: $(STAMP) ## repair what ruff can repair
 
 clean: ## remove .venv, caches and builds; runs stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*
-	find rlplastic tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
+	find $(SOURCES) -type d -name __pycache__ -prune -exec rm -rf {} +
