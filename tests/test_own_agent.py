@@ -175,7 +175,8 @@ def test_a_policy_of_torch_layers_is_folded_for_export() -> None:
     first, last = folded.layers[0], folded.layers[-1]
     np.testing.assert_array_equal(first.weight, actor.mean[0].weight.detach().double().numpy())
     np.testing.assert_array_equal(last.bias, actor.mean[3].bias.detach().double().numpy())
-    for mean in (nn.Sequential(nn.Linear(3, 2), nn.Tanh()), nn.Sequential(nn.Linear(3, 2), nn.ReLU()), nn.Linear(3, 2)):
-        actor.mean = mean
+    linear = nn.Linear(3, 2)
+    for layers in ([linear, nn.Tanh()], [linear, nn.ReLU()], [nn.Linear(3, 2, bias=False)], []):
+        actor.mean = nn.Sequential(*layers)
         with pytest.raises(ConfigurationError, match=r"cannot be exported; expected .* torch.nn.Sequential of Linear"):
             fold(actor)

@@ -128,9 +128,9 @@ def _torch(actor: nn.Module) -> tuple[Layer, ...]:
     chain: object = getattr(actor, "mean", None)
     layers: list[Layer] = []
     for module in chain if isinstance(chain, nn.Sequential) else ():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module.bias is not None:
             layers.append(Affine(_double(module.weight), _double(module.bias)))
-        elif isinstance(module, nn.LayerNorm):
+        elif isinstance(module, nn.LayerNorm) and module.bias is not None:
             layers.append(LayerNorm(_double(module.weight), _double(module.bias), module.eps))
         elif isinstance(module, nn.ReLU):
             layers.append(Relu())
