@@ -71,4 +71,4 @@ format: $(STAMP) ## repair what ruff can repair
 
 clean: ## remove .venv, caches and builds; runs stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*
-	find rlplastic tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
+	find $(SOURCES) -type d -name __pycache__ -prune -exec rm -rf {} +

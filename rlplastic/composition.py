@@ -1,6 +1,7 @@
 """Hydra's composition of a training configuration, with one-sentence errors.
 
 `compose` is what `python -m rlplastic.train` and the library share; sweeps (`-m`) go through Hydra's own launchers.
+Choices are the files of `CONFIG_FOLDER` and of one other folder (`--config-dir`), whose agents may come from anywhere.
 """
 
 from __future__ import annotations
@@ -29,8 +30,12 @@ FREE_KEYS = ("env.kwargs.",)
 """Mappings whose keys are not known beforehand, so that `+` may be left out."""
 
 
-def compose(overrides: Sequence[str]) -> Config:
+def compose(overrides: Sequence[str], config_dir: str | Path | None = None) -> Config:
     """The configuration of a run, typed, with open settings still open.
+
+    Args:
+        overrides: ``key=value`` strings.
+        config_dir: a folder with more choices, such as ``agent/mine.yaml`` for ``agent=mine``.
 
     Raises:
         ConfigurationError: not `key=value`, an unknown key or choice, or a value of the wrong type.
@@ -40,15 +45,49 @@ def compose(overrides: Sequence[str]) -> Config:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
 
+    search(config_dir)
     register()
     refuse_unknown(overrides)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-            composed = hydra_compose("config", overrides=in_hydra_grammar(overrides))
+            elsewhere = [f"hydra.searchpath=['{folder}']" for folder in _searched[1:]]
+            composed = hydra_compose("config", overrides=in_hydra_grammar(overrides) + elsewhere)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigurationError(explain(error, overrides)) from error
     return typed(composed)
+
+
+_searched = [CONFIG_FOLDER]
+"""Where choices are looked for, in this process."""
+
+
+def search(config_dir: str | Path | None) -> None:
+    """Look for choices in this folder too, and no longer in an earlier one; adopts the agents that it names.
+
+    An agent of another package is ``agent/<name>.yaml`` with ``package: <module>`` (`rlplastic.agents.adopt`).
+
+    Raises:
+        ConfigurationError: no such folder, a file of it cannot be read, or a package is not there.
+    """
+    del _searched[1:]
+    if config_dir is None:
+        return
+    folder = Path(config_dir).resolve()
+    if not folder.is_dir():
+        raise ConfigurationError(f"config_dir={config_dir} is no folder; expected one with files such as agent/*.yaml")
+    _searched.append(folder)
+    for file in sorted(folder.glob("agent/*.yaml")):
+        try:
+            written = OmegaConf.load(file)
+            package = OmegaConf.select(written, "package")
+        except Exception as error:  # the YAML reader's own exceptions have no common base with OmegaConf's
+            reason = " ".join(str(error).split())
+            raise ConfigurationError(f"{file} cannot be read ({reason}); expected the settings of an agent") from error
+        if package is not None:
+            from rlplastic.agents import adopt  # and not for `play`, which must not load torch
+
+            adopt(file.stem, package)
 
 
 def typed(composed: DictConfig) -> Config:
@@ -183,7 +222,7 @@ GROUPS = ("agent", "critic", "env", "monitor", "preset", "schedule")
 
 def choices_of(group: str) -> list[str]:
     """The names that a configuration group accepts."""
-    return sorted(path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml"))
+    return sorted({path.stem for folder in _searched for path in (folder / group).glob("*.yaml")})
 
 
 # for `--help` (configs/config.yaml): Hydra's own listing shows the schemas too

@@ -85,6 +85,8 @@ class AgentConfig:
     """What every agent has; `agent=` chooses one of `FlashSACConfig` and `SACConfig`, which say what they add."""
 
     name: str
+    package: str | None = None
+    """Module that an agent from outside comes from, which is imported wherever its runs are read; None: one of ours."""
     critic_width: int | None = None
     """Units of each of the critic's layers; published 256 [F], and Stable-Baselines3's 256 for SAC."""
     actor_width: int | None = None

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from rlplastic import seeding
-from rlplastic.agents import COLUMNS, make_agent, subjects
+from rlplastic.agents import AGENTS, make_agent, subjects
 from rlplastic.agents.flashsac import FlashSAC
-from rlplastic.agents.patients import patients
+from rlplastic.agents.patients import patients, readable
 from rlplastic.agents.sac import SAC
 from rlplastic.agents.steps import Inputs, part
 from rlplastic.checkpoint import CheckpointStore, Loaded
@@ -125,7 +125,7 @@ def diagnose_run(
     """
     path = Path(run)
     config = read_config(path)
-    loaded = ShardedStore(path, 1, COLUMNS[config.agent.name], warn=warn).newest()
+    loaded = ShardedStore(path, 1, AGENTS[config.agent.name].columns, warn=warn).newest()
     if loaded is None:
         raise ConfigurationError(
             f"{path} has no checkpoint yet; expected one in {path / 'checkpoints'}: let the run save one first"
@@ -184,9 +184,7 @@ def _replay(config: Config, loaded: Loaded) -> ReplayRing:
 def _new_agent(config: Config, ring: ReplayRing) -> FlashSAC | SAC:
     here = copy.deepcopy(config)
     here.device, here.kernels = "cpu", "torch"
-    agent = make_agent(here, ring.observation_dims, ring.action_dim)
-    assert isinstance(agent, FlashSAC | SAC)
-    return agent
+    return readable(make_agent(here, ring.observation_dims, ring.action_dim), "diagnose run=…")
 
 
 def _agent(

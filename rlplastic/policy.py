@@ -5,7 +5,8 @@ Neither an environment nor an agent is built: the sizes of the network are those
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,9 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
-from rlplastic.agents import ACTORS, Actor
+from rlplastic.agents import AGENTS, adopt
 from rlplastic.checkpoint import CheckpointStore
 from rlplastic.config import Config, EnvConfig, schema
 from rlplastic.envs.base import Observation
@@ -30,7 +31,7 @@ class Policy:
     checkpoint: the directory it was read from.
     """
 
-    actor: Actor
+    actor: nn.Module
     config: Config
     step: int
     device: torch.device
@@ -45,7 +46,9 @@ class Policy:
     @property
     def observation_dim(self) -> int:
         """Width of the observations it reads."""
-        return self.actor.observation_dim
+        width: object = self.actor.observation_dim
+        assert isinstance(width, int), "what every actor owes: `AgentKind.actor_like`"
+        return width
 
     @torch.no_grad()
     def act(self, observation: Observation) -> NDArray[np.float32]:
@@ -96,11 +99,26 @@ def load_policy(
     return Policy(actor.to(place).requires_grad_(False), config, loaded.step, place, loaded.path)
 
 
+_DECIDING = ("agent.name", "agent.package", "critic.kind")
+"""What a written configuration's schema follows from."""
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the YAML reader's own exceptions have no common base with OmegaConf's
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(
+            f"{file} cannot be read ({reason}); expected the configuration that this version of rlplastic writes"
+        ) from error
+
+
 def read_config(run: Path) -> Config:
     """The resolved configuration of a run directory.
 
     Raises:
-        ConfigurationError: there is no such run, or its configuration cannot be read.
+        ConfigurationError: there is no such run, its configuration cannot be read, or its agent's package is not there.
     """
     file = run / "config.yaml"
     if not file.is_file():
@@ -115,26 +133,24 @@ def read_config(run: Path) -> Config:
         raise ConfigurationError(
             f"run={run} {what}; expected a run directory as made by rlplastic.train" + (f"; {hint}" if hint else "")
         )
-    try:
+    with _readable(file):
         written = OmegaConf.load(file)
-        names = [OmegaConf.select(written, key) for key in ("agent.name", "critic.kind")]
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema(*names)), written))
-    except Exception as error:  # the YAML reader's own exceptions have no common base with OmegaConf's
-        reason = " ".join(str(error).split())
-        raise ConfigurationError(
-            f"{file} cannot be read ({reason}); expected the configuration that this version of rlplastic writes"
-        ) from error
+        agent, package, critic = (OmegaConf.select(written, key) for key in _DECIDING)
+    if package is not None:
+        adopt(agent, package)
+    with _readable(file):
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema(agent, critic)), written))
     assert isinstance(config, Config)
     return config
 
 
-def _actor(tensors: Mapping[str, Tensor], agent: str, path: Path) -> Actor:
+def _actor(tensors: Mapping[str, Tensor], agent: str, path: Path) -> nn.Module:
     """The actor among an agent's tensors, named as in its ``state_dict``."""
     state = {name.removeprefix("actor."): value for name, value in tensors.items() if name.startswith("actor.")}
     try:
         # building draws initial weights; the caller's random stream must not notice
         with torch.random.fork_rng(devices=[]):
-            actor = ACTORS[agent](state)
+            actor = AGENTS[agent].actor_like(state)
         actor.load_state_dict(state)
     except (KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlplastic import pacing
+from rlplastic.agents import AGENTS
+from rlplastic.agents.base import Setting
 from rlplastic.config import ADAPTIVE, VARIANTS, Config
 from rlplastic.distributed import world_size
 from rlplastic.errors import ConfigurationError, nearest
@@ -31,18 +33,6 @@ MACHINE_KEYS = ("device", "threads", "env.threads", "env.device", "precision", "
 """Settings that belong to a machine and are chosen anew when a run is taken to another one."""
 FEW_CORES = 16
 """Below this a CPU gets small networks and batches."""
-Setting = int | float | str
-OWN: dict[str, dict[str, tuple[Setting, str]]] = {
-    "sac": {
-        "precision": ("float32", "agent=sac has no bfloat16"),
-        "env.num_envs": (4, "few, since every transition has an update"),
-        "agent.critic_width": (256, "Stable-Baselines3's"),
-        "agent.actor_width": (256, "Stable-Baselines3's"),
-        "replay.batch_size": (256, "Stable-Baselines3's"),
-        "replay_ratio": (1.0, "Stable-Baselines3's"),
-    }
-}
-"""What an agent's open settings are whatever the hardware, each with its reason."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +79,7 @@ class _Settling:
     def settle(self, key: str, value: Setting, reason: str, warning: str = "") -> None:
         """Fill in one open (`None` or `auto`) setting; a given one is reported as given."""
         node, name = _locate(self.config, key)
-        value, reason = OWN.get(self.config.agent.name, {}).get(key, (value, reason))
+        value, reason = AGENTS[self.config.agent.name].settings.get(key, (value, reason))
         if getattr(node, name) in (None, "auto"):
             then = self.machine.settings.setdefault(key, value)
             if then != value:
@@ -150,7 +140,7 @@ class _Settling:
         self.settle("replay.capacity", 10_000_000 if large else 1_000_000, f"published {where}" if large else where)
         batch, capacity = config.replay.batch_size or 1, config.replay.capacity or 1
         tenth = int(min(config.env_steps or math.inf, capacity)) // 10
-        few = self.on_cpu or "env.num_envs" in OWN.get(config.agent.name, {})
+        few = self.on_cpu or "env.num_envs" in AGENTS[config.agent.name].settings
         minimum = max(min(5_000 if few else 100_000, tenth), min(batch, capacity))
         self.settle("replay.minimum", minimum, "random transitions before the first update")
         pace = "balances simulation and learning" if self.on_cpu else "two updates per vector step"
@@ -167,7 +157,7 @@ class _Settling:
             self.settle("adaptive.low", 0.5, "published")
             self.settle("adaptive.signal", "fau", "published: the fraction of active units")
         else:
-            otherwise = OWN.get(config.agent.name, {}).get("replay_ratio", (usual, ""))[0]
+            otherwise = AGENTS[config.agent.name].settings.get("replay_ratio", (usual, ""))[0]
             self.settle("adaptive.low", otherwise, "the replay ratio that would be chosen otherwise")
             outside = ",held_out_td_error" if config.replay.holdout != 0 else ""
             self.settle("adaptive.signal", f"gradient_dormant{outside}", "informative on networks of every kind")
@@ -288,8 +278,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "env.vectorization": ("sync", "async"),
     "env.autoreset": ("next_step", "same_step", "disabled"),
     "env.switch": ("friction", "observations", "actions"),
-    "agent.name": tuple(VARIANTS["agent"]),
-    "critic.kind": tuple(VARIANTS["critic"]),
     "adaptive.rule": ("continuous", "plateau"),
     "critic.prediction": ("velocity", "endpoint"),
     "critic.time_embedding": ("cosines", "cosine", "none"),
@@ -374,10 +362,13 @@ def _check_variants(config: Config) -> None:
     for key, node in {"agent.name": config.agent, "critic.kind": config.critic}.items():
         group, _, name = key.partition(".")
         value = getattr(node, name)
+        if value not in VARIANTS[group]:
+            raise ConfigurationError(f"{key}={value!r} is not a choice; {nearest(str(value), VARIANTS[group])}")
         if not isinstance(node, VARIANTS[group][value]):
             raise ConfigurationError(f"{key}={value} does not change the {group}; expected {group}={value} instead")
-    if config.precision == "bf16" and config.agent.name == "sac":
-        raise ConfigurationError("precision=bf16 does not go with agent=sac; expected float32, or tf32 on a GPU")
+    name = config.agent.name
+    if config.precision == "bf16" and "precision" in AGENTS[name].settings:
+        raise ConfigurationError(f"precision=bf16 does not go with agent={name}; expected float32, or tf32 on a GPU")
 
 
 def _check_sizes(config: Config) -> None:

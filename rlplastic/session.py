@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rlplastic.agents import parameter_bytes
 from rlplastic.agents.base import Agent
 from rlplastic.agents.flashsac import FlashSAC
+from rlplastic.agents.patients import readable
 from rlplastic.agents.sac import SAC
 from rlplastic.checkpoint import CheckpointStore, Loaded, SegmentReference
 from rlplastic.command_line import first_line
@@ -452,16 +453,15 @@ def _build(
     minimum = 0 if "replay" in taken else settings.minimum
     progress = Progress()
     watcher = None
-    if config.monitor.mode != "off":
-        assert isinstance(agent, FlashSAC | SAC), "others cannot be read yet"
-        watcher = Watcher(config, agent, replay, planned_updates(config))
+    mode = config.monitor.mode
+    if mode != "off" and (mode != "watch" or isinstance(agent, FlashSAC | SAC)):
+        watcher = Watcher(config, readable(agent, f"monitor={mode}"), replay, planned_updates(config))
     guard = Guard(directory.path, replay, progress)
     guard.check_observation(observation)
     replay.begin(observation)
     pace, pacer = ReplayRatio(config.first_replay_ratio, minimum), None
     if config.replay_ratio == ADAPTIVE:
-        assert isinstance(agent, FlashSAC | SAC)
-        pacer = Pacer(config, agent, replay, pace, _time_limit(envs))
+        pacer = Pacer(config, readable(agent, "replay_ratio=adaptive"), replay, pace, _time_limit(envs))
         if watcher is not None:
             watcher.edited = pacer.rebase
     return Session(

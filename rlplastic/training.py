@@ -15,11 +15,11 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from rlplastic import resources, time_profile
-from rlplastic.agents import COLUMNS, make_agent, working_bytes
+from rlplastic.agents import AGENTS, make_agent, working_bytes
 from rlplastic.checkpoint import Loaded
 from rlplastic.command_line import flatten, override_key
 from rlplastic.composition import compose
-from rlplastic.config import BUDGETS, HANDLING, Config, SACConfig, schema
+from rlplastic.config import BUDGETS, HANDLING, Config, schema
 from rlplastic.distributed import Group, joined, restarts
 from rlplastic.errors import ConfigurationError, telling_of_memory
 from rlplastic.evaluation import Evaluation
@@ -65,11 +65,14 @@ class Result:
     """The final evaluation, also if the run had been finished before."""
 
 
-def train_agent(overrides: Sequence[str] = (), *, quiet: bool = False, spent: float = 0.0) -> Result:
+def train_agent(
+    overrides: Sequence[str] = (), *, config_dir: str | Path | None = None, quiet: bool = False, spent: float = 0.0
+) -> Result:
     """Train as ``python -m rlplastic.train <overrides>`` does; rerunning resumes.
 
     Args:
         overrides: ``key=value`` strings, such as ``["env=pendulum", "env_steps=10000"]``.
+        config_dir: a folder with choices of your own, such as ``agent/mine.yaml`` for ``agent=mine``.
         quiet: print nothing but warnings.
         spent: seconds that went before this call and count for the profile.
 
@@ -77,7 +80,7 @@ def train_agent(overrides: Sequence[str] = (), *, quiet: bool = False, spent: fl
         RlplasticError: one of `rlplastic.errors`, each with one sentence.
     """
     began = time.perf_counter() - spent
-    asked = compose(overrides)
+    asked = compose(overrides, config_dir)
     name = asked.name or name_of(overrides, asked.seed)
     with joined(asked.device, asked.distributed.timeout) as group:
         view = View(live=asked.tracking.live, quiet=quiet or group.rank > 0)
@@ -183,7 +186,7 @@ def _train(
     from rlplastic import acceleration
 
     whole = directory.path.parent if group.rank else directory.path
-    store = ShardedStore(whole, config.checkpoint.keep, COLUMNS[config.agent.name], group, view.warn)
+    store = ShardedStore(whole, config.checkpoint.keep, AGENTS[config.agent.name].columns, group, view.warn)
     loaded = store.newest()
     if loaded is not None and loaded.documents["finished"]:
         progress = Progress(**loaded.documents["progress"])
@@ -329,8 +332,11 @@ def describe(session: Session, choices: Iterable[Choice]) -> list[tuple[str, str
         if part
     )
     horizon = "the budget" if config.schedule.kind == "budget" else f"{config.schedule.horizon:,} updates"
-    constant = isinstance(config.agent, SACConfig) and config.agent.final_learning_rate is None
+    constant = getattr(config.agent, "final_learning_rate", None) is None
     rates = "learning rates are constant" if constant else f"learning rates follow half a cosine over {horizon}"
+    watched = MONITOR[config.monitor.mode]
+    if session.watcher is None and config.monitor.mode != "off":
+        watched = f"agent={config.agent.name} is none that can be read: plasticity is not measured"
     priming = []
     if config.priming_updates:
         first = f"on the first {session.replay_ratio.minimum:,} transitions, before training goes on"
@@ -341,7 +347,7 @@ def describe(session: Session, choices: Iterable[Choice]) -> list[tuple[str, str
         ("seed", str(config.seed), "training, evaluation and every rebuild use different streams of it"),
         ("budget", budget, "whichever comes first" if " or " in budget else "then a final evaluation"),
         ("schedule", config.schedule.kind, rates),
-        ("monitor", config.monitor.mode, MONITOR[config.monitor.mode]),
+        ("monitor", config.monitor.mode, watched),
         *priming,
         (
             "replay memory",

@@ -218,7 +218,10 @@ def test_a_sweep_trains_every_combination_in_directories_of_their_own(tmp_path: 
         ("--nonsense", "unrecognized arguments: --nonsense; expected key=value, -m (a sweep)"),
         ("--cfg nope", "invalid choice: 'nope' (choose from"),
         ("env=ant --multirun=3", "ignored explicit argument '3'; expected key=value, -m (a sweep)"),
-        ("-m --config-dir=elsewhere", "--config-dir does not go with rlplastic's own configuration"),
+        (
+            "-m --config-dir=elsewhere",
+            "config_dir=elsewhere is no folder; expected one with files such as agent/*.yaml",
+        ),
         ("-m --experimental-rerun job.pickle", "--experimental-rerun does not go with"),
         ("--resolve", "--resolve only changes what --cfg prints"),
     ],

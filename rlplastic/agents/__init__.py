@@ -1,22 +1,32 @@
-"""Agents: `base` is what the loop asks for; `make_agent` builds one from a configuration."""
+"""Agents: `base` is what the loop asks for; `make_agent` builds one from a configuration.
+
+An agent may live in anybody's package: `adopt` makes it known.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
-from rlplastic.agents.base import Agent
+from rlplastic.agents.base import Agent, AgentKind, Setting
 from rlplastic.agents.flashsac import FlashSAC
 from rlplastic.agents.flashsac import networks as flashsac_networks
 from rlplastic.agents.flow import BINS, FREQUENCIES
 from rlplastic.agents.sac import SAC
 from rlplastic.agents.sac import networks as sac_networks
-from rlplastic.config import CategoricalCriticConfig, Config, FlashSACConfig, FlowCriticConfig, SACConfig
+from rlplastic.command_line import first_line
+from rlplastic.config import (
+    VARIANTS,
+    AgentConfig,
+    CategoricalCriticConfig,
+    Config,
+    FlashSACConfig,
+    FlowCriticConfig,
+    SACConfig,
+)
 from rlplastic.distributed import ALONE, Group
-
-Actor = flashsac_networks.Actor | sac_networks.Actor
+from rlplastic.errors import ConfigurationError
 
 
 def _flashsac(config: Config, **common: Any) -> FlashSAC:  # noqa: ANN401 - what `make_agent` hands to all agents
@@ -30,15 +40,45 @@ def _sac(config: Config, **common: Any) -> SAC:  # noqa: ANN401
     return SAC(agent=config.agent, critic=config.critic, **common)
 
 
-FACTORIES: dict[str, Callable[..., Agent]] = {"flashsac": _flashsac, "sac": _sac}
-"""Agent by `agent.name`."""
-COLUMNS = {"flashsac": FlashSAC.COLUMNS, "sac": SAC.COLUMNS}
-"""Entries of the state with a row per environment, by `agent.name`."""
-ACTORS: dict[str, Callable[[Mapping[str, Tensor]], Actor]] = {
-    "flashsac": flashsac_networks.actor_like,
-    "sac": sac_networks.actor_like,
+SAC_SETTINGS: dict[str, tuple[Setting, str]] = {
+    "precision": ("float32", "agent=sac has no bfloat16"),
+    "env.num_envs": (4, "few, since every transition has an update"),
+    "agent.critic_width": (256, "Stable-Baselines3's"),
+    "agent.actor_width": (256, "Stable-Baselines3's"),
+    "replay.batch_size": (256, "Stable-Baselines3's"),
+    "replay_ratio": (1.0, "Stable-Baselines3's"),
 }
-"""What makes an actor of the sizes of saved tensors, by `agent.name`."""
+
+AGENTS: dict[str, AgentKind] = {
+    "flashsac": AgentKind(FlashSACConfig, _flashsac, flashsac_networks.actor_like, FlashSAC.COLUMNS),
+    "sac": AgentKind(SACConfig, _sac, sac_networks.actor_like, SAC.COLUMNS, SAC_SETTINGS),
+}
+"""By `agent.name`."""
+
+
+def adopt(name: str, package: str) -> None:
+    """Make an agent of another package known as ``agent=<name>``; doing it again changes nothing.
+
+    Args:
+        name: its `agent.name`.
+        package: import path of a module whose ``AGENT`` is the `AgentKind`.
+
+    Raises:
+        ConfigurationError: the module cannot be imported or has no ``AGENT``, or the name is taken.
+    """
+    expected = "expected a module on Python's path (PYTHONPATH=…) with AGENT, an rlplastic.agents.base.AgentKind"
+    try:
+        kind = import_module(package).AGENT
+    except (ImportError, AttributeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ConfigurationError(
+            f"agent={name} names package={package!r}, which failed ({reason}); {expected}"
+        ) from error
+    if not isinstance(kind, AgentKind) or not issubclass(kind.config, AgentConfig):
+        raise ConfigurationError(f"AGENT of {package} is a {type(kind).__name__}; {expected}")
+    if AGENTS.setdefault(name, kind) is not kind:
+        raise ConfigurationError(f"agent.name={name} of {package} is taken; expected a name of its own")
+    VARIANTS["agent"][name] = kind.config
 
 
 class _Sizes(NamedTuple):
@@ -65,12 +105,13 @@ def _sizes(config: Config, observation_dims: Mapping[str, int], action_dim: int)
         hidden, of_hidden = (deep - 1) * width**2, kept * deep * width
         actor = policy * narrow + (shallow - 1) * narrow**2 + 2 * narrow * action_dim
         of_actor = policy + kept * shallow * narrow
-    else:
-        assert isinstance(agent, FlashSACConfig)
+    elif isinstance(agent, FlashSACConfig):
         blocks = agent.num_blocks
         hidden, of_hidden = blocks * 8 * width**2, width * (1 + 5 * blocks)
         actor = policy * narrow + blocks * 8 * narrow**2 + 2 * narrow * action_dim
         of_actor = policy + narrow * (1 + 5 * blocks)
+    else:
+        return _Sizes(0, 0, 0, 0)  # nobody told what an agent from outside is made of
     critic, of_critic = _critic_sizes(config, observation_dims.get("critic", policy) + action_dim, hidden, of_hidden)
     return _Sizes(critic, actor, of_critic, of_actor)
 
@@ -120,7 +161,7 @@ def make_agent(
     Over several ranks the configuration is one rank's share.
     """
     assert config.env.num_envs is not None, "resolve the configuration first"
-    return FACTORIES[config.agent.name](
+    return AGENTS[config.agent.name].make(
         config,
         observation_dims=dict(observation_dims),
         action_dim=action_dim,

@@ -1,8 +1,9 @@
-"""What the loop asks of an agent, and nothing more."""
+"""What the loop asks of an agent, and nothing more; and what a run must know of a kind of agents before it has one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
@@ -10,10 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from rlplastic.config import AgentConfig
 from rlplastic.envs.base import Observation, Rows, Step
 
 if TYPE_CHECKING:
     from rlplastic.replay.sample import Batch
+
+Setting = int | float | str
 
 
 class Agent(Protocol):
@@ -78,3 +82,21 @@ class Agent(Protocol):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from `state_dict`, bit for bit."""
         ...
+
+
+@dataclass(frozen=True)
+class AgentKind:
+    """A kind of agents, by which `agent=` finds it: our own are in `rlplastic.agents.AGENTS`."""
+
+    config: type[AgentConfig]
+    """Its settings."""
+    make: Callable[..., Agent]
+    """Builds an agent from a resolved configuration and what `rlplastic.agents.make_agent` hands to all."""
+    actor_like: Callable[[Mapping[str, Tensor]], nn.Module]
+    """An actor of the sizes of saved tensors, for evaluation and export without an agent. It has ``observation_dim``,
+    and maps observations (B, D) to the mean (B, A) before tanh and the log standard deviation."""
+    columns: tuple[str, ...] = ()
+    """`Agent.COLUMNS` of its agents."""
+    settings: Mapping[str, tuple[Setting, str]] = field(default_factory=dict)
+    """What open settings are for it whatever the hardware, by dotted key, each with its reason. One that names its
+    ``precision`` has no bfloat16."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rlplastic import seeding
 from rlplastic.agents import steps
+from rlplastic.agents.base import Agent
 from rlplastic.agents.flashsac import FlashSAC, networks, update
 from rlplastic.agents.flow import FlowCritic
 from rlplastic.agents.layers import NormBounds, ResidualBlock, RowNormBlock, UnitLinear
@@ -21,8 +22,27 @@ from rlplastic.agents.sac import networks as sac_networks
 from rlplastic.agents.sac import update as sac_update
 from rlplastic.agents.steps import Inputs
 from rlplastic.agents.subjects import flow_noise, members_of, one_step
+from rlplastic.errors import ConfigurationError
 from rlplastic.plasticity.activations import Kind, ModuleReader, untouched
 from rlplastic.plasticity.patient import Hidden, Patient, States, hidden_layers
+
+
+def readable(agent: Agent, what: str) -> FlashSAC | SAC:
+    """An agent whose networks are known here.
+
+    Args:
+        agent: any.
+        what: the setting that wants to read it.
+
+    Raises:
+        ConfigurationError: its networks are not known, as those of agents from outside.
+    """
+    if not isinstance(agent, FlashSAC | SAC):
+        raise ConfigurationError(
+            f"{what} reads the networks of agent=flashsac and agent=sac, and {type(agent).__name__} is another agent; "
+            "leave it out, or use rlplastic.plasticity on its networks yourself (docs/plasticity.md)"
+        )
+    return agent
 
 
 def patients(agent: FlashSAC | SAC, inputs: Inputs | None = None) -> dict[str, Patient]:

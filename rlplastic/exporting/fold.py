@@ -16,12 +16,12 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from rlplastic.agents import Actor
 from rlplastic.agents.flashsac import networks as flashsac
 from rlplastic.agents.layers import BatchNorm, ResidualBlock
 from rlplastic.agents.sac import networks as sac
+from rlplastic.errors import ConfigurationError
 
 Doubles = NDArray[np.float64]
 
@@ -81,12 +81,20 @@ class Folded:
     layers: tuple[Layer, ...]
 
 
-def fold(actor: Actor) -> Folded:
-    """The mean of an actor's Gaussian as plain layers."""
-    layers = _flashsac(actor) if isinstance(actor, flashsac.Actor) else _sac(actor)
+def fold(actor: nn.Module) -> Folded:
+    """The mean of an actor's Gaussian as plain layers.
+
+    Raises:
+        ConfigurationError: an agent from outside has layers that are not known here.
+    """
+    if isinstance(actor, flashsac.Actor):
+        layers = _flashsac(actor)
+    else:
+        layers = _sac(actor) if isinstance(actor, sac.Actor) else _torch(actor)
+    width: object = actor.observation_dim
     last = layers[-1]
-    assert isinstance(last, Affine)
-    return Folded(actor.observation_dim, len(last.bias), layers)
+    assert isinstance(last, Affine) and isinstance(width, int)
+    return Folded(width, len(last.bias), layers)
 
 
 def _flashsac(actor: flashsac.Actor) -> tuple[Layer, ...]:
@@ -112,6 +120,28 @@ def _sac(actor: sac.Actor) -> tuple[Layer, ...]:
             layers.append(LayerNorm(_double(module.gain), _double(module.bias), module.eps))
         else:
             layers.append(Relu())
+    return tuple(layers)
+
+
+def _torch(actor: nn.Module) -> tuple[Layer, ...]:
+    """Of an agent from outside: its ``mean`` is a chain of torch's own layers from observation to mean."""
+    chain: object = getattr(actor, "mean", None)
+    layers: list[Layer] = []
+    for module in chain if isinstance(chain, nn.Sequential) else ():
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            layers.append(Affine(_double(module.weight), _double(module.bias)))
+        elif isinstance(module, nn.LayerNorm) and module.bias is not None:
+            layers.append(LayerNorm(_double(module.weight), _double(module.bias), module.eps))
+        elif isinstance(module, nn.ReLU):
+            layers.append(Relu())
+        else:
+            layers.clear()
+            break
+    if not layers or not isinstance(layers[-1], Affine):
+        raise ConfigurationError(
+            f"an actor of {type(actor).__module__} cannot be exported; expected a network of FlashSAC or SAC, or one "
+            "whose `mean` is a torch.nn.Sequential of Linear, LayerNorm and ReLU that ends with a Linear"
+        )
     return tuple(layers)
 
 
