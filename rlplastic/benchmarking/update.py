@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlplastic.acceleration import barrier
+from rlplastic.acceleration import barrier, compiled
 from rlplastic.agents import make_agent
 from rlplastic.benchmarking.timing import interleaved
 from rlplastic.composition import compose
@@ -97,7 +97,7 @@ def _row(width: int, batch: int, precision: str, mode: str, repeats: int) -> dic
     drawn = _batch(batch, machine.device)
     products = _products(lambda: _two(agent_with(), drawn))
     replay = _replay(products, machine.device)
-    agent = agent_with(partial(torch.compile, dynamic=False, fullgraph=True) if mode == "on" else lambda f: f)
+    agent = agent_with(compiled if mode == "on" else lambda function: function)
     works = {"update": lambda: _two(agent, drawn), "floor": replay}
     times = interleaved(works, repeats, wait=barrier(machine.device))
     update, floor = (times[name] / 2e3 for name in ("update", "floor"))
