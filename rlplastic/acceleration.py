@@ -1,4 +1,4 @@
-"""Speed switches of the learner, set once per process: threads, format of products, compilation."""
+"""Speed switches of the learner, set once per process: threads, format of products, compilation, recorded updates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from rlplastic.agents.graphs import Record, cuda_graph
 from rlplastic.config import Config
+from rlplastic.distributed import world_size
 from rlplastic.errors import ConfigurationError
 
 Transform = Callable[[Any], Any]
@@ -47,6 +49,22 @@ def compiled(function: FunctionType) -> Callable[..., Any]:
     )
     unguarded = torch.compiler.skip_guard_on_all_nn_modules_unsafe
     return torch.compile(own, dynamic=False, fullgraph=True, options={"guard_filter_fn": unguarded})
+
+
+def recorder(config: Config) -> Record | None:
+    """What records updates as CUDA graphs; None unless asked for.
+
+    Raises:
+        ConfigurationError: this is not one process on a GPU.
+    """
+    if not config.cuda_graphs:
+        return None
+    if world_size() > 1 or not config.device.startswith("cuda"):
+        raise ConfigurationError(
+            f"cuda_graphs=true does not go with device={config.device} and {world_size()} ranks; expected one process "
+            "on a GPU, so leave it out"
+        )
+    return cuda_graph
 
 
 def barrier(device: str) -> Callable[[], None] | None:

@@ -188,7 +188,8 @@ def _train(
         if Budget(config.env_steps, config.max_minutes).spent(progress):
             return _finished(loaded, directory, view)
     transform = acceleration.apply(config)
-    session = build(config, directory, partial(make_agent, compile=transform), store, group)
+    factory = partial(make_agent, compile=transform, record=acceleration.recorder(config))
+    session = build(config, directory, factory, store, group)
     session.watch = Stopwatch(began, acceleration.barrier(config.device) if config.profile else None)
     session.watch.lap("start")
     try:
