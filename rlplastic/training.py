@@ -200,14 +200,7 @@ def _train(
             )
         for name, reason in (session.pacer.uninformative if session.pacer else {}).items():
             view.warn(f"adaptive.signal={name} says nothing on this critic ({reason}), and decides nonetheless")
-        source = "a new run"
-        if loaded is None and config.init_from is not None:
-            source = f"a new run from {initialise(session, config.init_from, config.init_what)}"
-            if session.watcher is not None:
-                session.watcher.rebase()
-        if loaded is not None:
-            source = f"{loaded.path.name}, {session.restore(loaded, view.warn, view.track)}"
-            session.watch.lap("resume")
+        source = _source(session, loaded, view)
         if group.rank:
             train(session, Follower(session, view))
             return Result(whole, session.progress.transitions, session.agent.updates, None)
@@ -242,6 +235,21 @@ def _train(
         return Result(directory.path, session.progress.transitions, session.agent.updates, reporter.last_evaluation)
     finally:
         session.envs.close()
+
+
+def _source(session: Session, loaded: Loaded | None, view: View) -> str:
+    """Continue from a checkpoint, or begin with what another run learned; returns what the run goes out from."""
+    config = session.config
+    if loaded is not None:
+        restored = session.restore(loaded, view.warn, view.track)
+        session.watch.lap("resume")
+        return f"{loaded.path.name}, {restored}"
+    if config.init_from is None:
+        return "a new run"
+    origin = initialise(session, config.init_from, config.init_what)
+    if session.watcher is not None:
+        session.watcher.rebase()
+    return f"a new run from {origin}"
 
 
 def _tell_profile(session: Session, view: View) -> None:
