@@ -22,10 +22,7 @@ from rlplastic.agents.flashsac import FlashSAC
 from rlplastic.agents.graphs import WARM_UP, cuda_graph
 from rlplastic.agents.sac import SAC
 from rlplastic.agents.steps import Metrics
-from rlplastic.composition import compose
 from rlplastic.config import CategoricalCriticConfig, FlashSACConfig, FlowCriticConfig, SACConfig, ScalarCriticConfig
-from rlplastic.errors import ConfigurationError
-from rlplastic.presets import probe_machine, resolve
 
 DIMS = {"policy": 4, "critic": 6}
 ACTIONS, ENVS, ROWS = 2, 3, 16
@@ -146,16 +143,6 @@ def test_a_restored_agent_goes_on_as_if_it_had_not_stopped() -> None:
     second, _ = recorded("flashsac")
     second.load_state_dict(first.state_dict())  # and so its own warm-up comes later
     assert learn(first, 15, 40) == learn(second, 15, 40) and same(first, second)
-
-
-def test_recordings_are_for_one_process_on_a_gpu() -> None:
-    config, _ = resolve(compose(["cuda_graphs=true", "device=cpu"]), probe_machine("cpu"))
-    with pytest.raises(ConfigurationError, match="does not go with device=cpu and 1 ranks"):
-        acceleration.recorder(config)
-    config.device = "cuda"
-    assert acceleration.recorder(config) is cuda_graph
-    config.cuda_graphs = False
-    assert acceleration.recorder(config) is None
 
 
 @pytest.mark.gpu
