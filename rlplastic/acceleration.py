@@ -1,14 +1,17 @@
-"""Speed switches of the learner, set once per process: threads, format of products, compilation."""
+"""Speed switches of the learner, set once per process: threads, format of products, compilation, recorded updates."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
 
+from rlplastic.agents.graphs import Record, cuda_graph
 from rlplastic.config import Config
+from rlplastic.distributed import world_size
 from rlplastic.errors import ConfigurationError
 
 Transform = Callable[[Any], Any]
@@ -26,7 +29,42 @@ def apply(config: Config) -> Transform:
     if config.compile != "on":
         return lambda function: function
     _probe_compiler(config.device)
-    return lambda function: torch.compile(function, dynamic=False, fullgraph=True)
+    return compiled
+
+
+def compiled(function: FunctionType) -> Callable[..., Any]:
+    """A loss function compiled whole, for the networks that it is first called with and their copies.
+
+    Before each call torch compares all that it relied on when it compiled. Of modules, whose types, attributes and
+    hooks stay what they were, that is not done: it took a fifteenth of an update at width 64. Therefore the compiled
+    code belongs to this function alone, and not to all that were made of the same source: another agent's networks may
+    have other depths.
+    """
+    own = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    unguarded = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    return torch.compile(own, dynamic=False, fullgraph=True, options={"guard_filter_fn": unguarded})
+
+
+def recorder(config: Config) -> Record | None:
+    """What records updates as CUDA graphs; None unless asked for.
+
+    Raises:
+        ConfigurationError: this is not one process on a GPU.
+    """
+    if not config.cuda_graphs:
+        return None
+    if world_size() > 1 or not config.device.startswith("cuda"):
+        raise ConfigurationError(
+            f"cuda_graphs=true does not go with device={config.device} and {world_size()} ranks; expected one process "
+            "on a GPU, so leave it out"
+        )
+    return cuda_graph
 
 
 def barrier(device: str) -> Callable[[], None] | None:

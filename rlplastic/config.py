@@ -441,6 +441,9 @@ class Config:
     """triton, torch, or auto: Triton on a GPU where a probe kernel runs, torch elsewhere."""
     compile: str = "auto"
     """on, off, or auto: compile the update where a compiler works and the budget pays for it."""
+    cuda_graphs: bool = False
+    """Record the updates of one process on a GPU as CUDA graphs and replay them: one launch per update instead of some
+    three hundred; tested by a stand-in on a CPU, not yet run on a GPU."""
     threads: int | None = None
     """Threads of the learner on a CPU; None: all cores but one, which is left to the simulation."""
     overlap: bool = True

@@ -193,7 +193,8 @@ def _train(
         if Budget(config.env_steps, config.max_minutes).spent(progress):
             return _finished(loaded, directory, view)
     transform = acceleration.apply(config)
-    session = build(config, directory, partial(make_agent, compile=transform), store, group)
+    factory = partial(make_agent, compile=transform, record=acceleration.recorder(config))
+    session = build(config, directory, factory, store, group)
     session.watch = Stopwatch(began, acceleration.barrier(config.device) if config.profile else None)
     session.watch.lap("start")
     try:
@@ -204,14 +205,7 @@ def _train(
             )
         for name, reason in (session.pacer.uninformative if session.pacer else {}).items():
             view.warn(f"adaptive.signal={name} says nothing on this critic ({reason}), and decides nonetheless")
-        source = "a new run"
-        if loaded is None and config.init_from is not None:
-            source = f"a new run from {initialise(session, config.init_from, config.init_what)}"
-            if session.watcher is not None:
-                session.watcher.rebase()
-        if loaded is not None:
-            source = f"{loaded.path.name}, {session.restore(loaded, view.warn, view.track)}"
-            session.watch.lap("resume")
+        source = _source(session, loaded, view)
         if group.rank:
             train(session, Follower(session, view))
             return Result(whole, session.progress.transitions, session.agent.updates, None)
@@ -253,6 +247,21 @@ def _tracker(config: Config, directory: RunDirectory, view: View) -> Tracker:
     name = str(path.relative_to(config.runs))
     told = services.Run(path, name, config.tracking.project, flatten(asdict(config)))
     return Tracker(path, services.start(wanted, told, view.warn), services.TENSORBOARD in wanted)
+
+
+def _source(session: Session, loaded: Loaded | None, view: View) -> str:
+    """Continue from a checkpoint, or begin with what another run learned; returns what the run goes out from."""
+    config = session.config
+    if loaded is not None:
+        restored = session.restore(loaded, view.warn, view.track)
+        session.watch.lap("resume")
+        return f"{loaded.path.name}, {restored}"
+    if config.init_from is None:
+        return "a new run"
+    origin = initialise(session, config.init_from, config.init_what)
+    if session.watcher is not None:
+        session.watcher.rebase()
+    return f"a new run from {origin}"
 
 
 def _tell_profile(session: Session, view: View) -> None:

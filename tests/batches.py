@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from rlplastic.replay.sample import Batch
@@ -21,4 +23,14 @@ def random_batch(dims: dict[str, int], actions: int, rows: int, index: int, kept
         discount=0.99 * (torch.rand(rows, generator=rng) < kept).float(),
         next_observation=groups(),
         rows=torch.zeros(rows, dtype=torch.int64),
+    )
+
+
+def on_gpu(batch: Batch) -> Batch:
+    """The same batch there."""
+    return replace(
+        batch,
+        **{name: getattr(batch, name).cuda() for name in ("action", "reward", "discount", "rows")},
+        observation={name: value.cuda() for name, value in batch.observation.items()},
+        next_observation={name: value.cuda() for name, value in batch.next_observation.items()},
     )

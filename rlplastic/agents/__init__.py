@@ -13,6 +13,7 @@ from rlplastic.agents.base import Agent, AgentKind, Setting
 from rlplastic.agents.flashsac import FlashSAC
 from rlplastic.agents.flashsac import networks as flashsac_networks
 from rlplastic.agents.flow import BINS, FREQUENCIES
+from rlplastic.agents.graphs import Record
 from rlplastic.agents.sac import SAC
 from rlplastic.agents.sac import networks as sac_networks
 from rlplastic.command_line import first_line
@@ -155,10 +156,12 @@ def make_agent(
     action_dim: int,
     compile: Callable[[Any], Any] = lambda function: function,
     group: Group = ALONE,
+    record: Record | None = None,
 ) -> Agent:
     """The agent that a resolved configuration names; ``compile`` is applied to its loss functions.
 
-    Over several ranks the configuration is one rank's share.
+    ``record`` makes graphs of its updates, see `rlplastic.agents.graphs`. Over several ranks the configuration is one
+    rank's share.
     """
     assert config.env.num_envs is not None, "resolve the configuration first"
     return AGENTS[config.agent.name].make(
@@ -172,4 +175,5 @@ def make_agent(
         compile=compile,
         group=group,
         bn_sync=config.distributed.bn_sync,
+        record=record,
     )

@@ -32,7 +32,7 @@ class Adam:
     def __init__(self, parameters: Iterable[nn.Parameter], weight_decay: float = 0.0, reduce: Reduce = dense) -> None:
         self.parameters: list[Tensor] = list(parameters)
         self.reduce = reduce
-        self.rate = 0.0
+        self.rate: float | Tensor = 0.0
         self._weight_decay = weight_decay
         self._first = [torch.zeros_like(parameter) for parameter in self.parameters]
         self._second = [torch.zeros_like(parameter) for parameter in self.parameters]
@@ -41,7 +41,7 @@ class Adam:
         self._steps = list(self._counters.unbind())
 
     @torch.no_grad()
-    def step(self, gradients: list[Tensor], rate: float) -> None:
+    def step(self, gradients: list[Tensor], rate: float | Tensor) -> None:
         """Move every parameter; ``gradients`` in the order of the parameters, laid out as they are."""
         self.rate = rate
         self._counters.add_(1)

@@ -19,6 +19,7 @@ from rlplastic import seeding
 from rlplastic.agents import steps
 from rlplastic.agents.exploration import uniform_actions
 from rlplastic.agents.flow import FlowCritic
+from rlplastic.agents.graphs import GraphedUpdate, Record
 from rlplastic.agents.reward_scaling import RewardScaler
 from rlplastic.config import FlashSACConfig, SACConfig
 from rlplastic.distributed import ALONE, Group
@@ -52,6 +53,7 @@ class SoftActorCritic(ABC, Generic[L]):
             None: over the budget, by the fraction given to `update`.
         device: where the networks live.
         group: the ranks that learn together; every rank draws noise of its own.
+        record: records updates as graphs, which later updates replay; None: every update runs as it is.
     """
 
     COLUMNS: ClassVar[tuple[str, ...]] = ("reward.returns",)
@@ -71,6 +73,7 @@ class SoftActorCritic(ABC, Generic[L]):
         planned_updates: int | None,
         device: torch.device | str,
         group: Group = ALONE,
+        record: Record | None = None,
     ) -> None:
         self.learner = learner
         self.config, self.device, self.seed, self.group = agent, torch.device(device), seed, group
@@ -81,6 +84,7 @@ class SoftActorCritic(ABC, Generic[L]):
         self._planned_updates = planned_updates
         self._scaler = scaler
         self._reward_scale = torch.ones((), device=self.device)
+        self._graphed = None if record is None else GraphedUpdate(record)
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -148,16 +152,24 @@ class SoftActorCritic(ABC, Generic[L]):
         self, inputs: steps.Inputs, actor_noise: Tensor | None, critic_noise: steps.CriticNoise, budget_used: float
     ) -> dict[str, Tensor]:
         """One update with the given noise: standard normal for the actor when it is due, and what the critic takes."""
-        metrics = self.move(inputs, actor_noise, critic_noise, budget_used)
+        arguments = inputs, actor_noise, critic_noise, self.rates(budget_used)
+        metrics = self.move(*arguments) if self._graphed is None else self._graphed(self.move, *arguments)
         self.td_error = metrics.pop("td_error", None)
         self.updates += 1
         return metrics
 
     @abstractmethod
     def move(
-        self, inputs: steps.Inputs, actor_noise: Tensor | None, critic_noise: steps.CriticNoise, budget_used: float
+        self, inputs: steps.Inputs, actor_noise: Tensor | None, critic_noise: steps.CriticNoise, rates: steps.Rates
     ) -> dict[str, Tensor]:
         """The steps of one update in the agent's order; noise as for `update_with`."""
+
+    def rates(self, budget_used: float) -> steps.Rates:
+        """Learning rates of the next update."""
+        return steps.Rates(
+            critic=self.learning_rate(self.updates, budget_used),
+            actor=self.learning_rate(self.updates // self.config.actor_every, budget_used),
+        )
 
     def learning_rate(self, index: int, budget_used: float) -> float:
         """The rate of an optimizer's ``index``-th step (from 0): constant unless there is a final one."""
@@ -186,7 +198,7 @@ class SoftActorCritic(ABC, Generic[L]):
         After equal updates both are equal bit for bit. Reward statistics, held noise and compiled losses are one.
         """
         twin = copy.copy(self)
-        twin.learner = copy.deepcopy(self.learner)
+        twin.learner, twin._graphed = copy.deepcopy(self.learner), None  # recordings move this agent's tensors
         return twin
 
     def learned_state(self) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Metrics = dict[str, Tensor]
 CriticNoise = Tensor | FlowNoise
 """What a critic's loss takes: standard normal (B, A) for a' ~ pi(s'), and more of it where values are flows."""
+Rate = float | Tensor
+"""A learning rate; as a tensor () it is read when a recorded update runs, and not when it is recorded."""
 Optimizers = Mapping[str, tuple[Adam, nn.Module | None]]
 """Each by its name, with the network whose parameters it moves; None: the temperature."""
 
@@ -56,6 +58,14 @@ def inputs_of(batch: Batch, critic_group: str) -> Inputs:
         discount=batch.discount,
         weight=batch.weight,
     )
+
+
+class Rates(NamedTuple):
+    """Learning rates of one update."""
+
+    critic: Rate
+    actor: Rate
+    """The temperature's, too."""
 
 
 @dataclass
@@ -176,7 +186,7 @@ def flow_loss(
     return loss, metrics | {"loss/distilled": distances.detach().mean()}
 
 
-def actor_step(learner: Learner, inputs: Inputs, noise: Tensor, rate: float, *options: Any) -> Metrics:  # noqa: ANN401
+def actor_step(learner: Learner, inputs: Inputs, noise: Tensor, rate: Rate, *options: Any) -> Metrics:  # noqa: ANN401
     """Move the actor along its loss, with the critic frozen; ``options`` go to the loss."""
     learner.critic.requires_grad_(False)
     loss, metrics = learner.actor_loss(learner.actor, learner.critic, learner.alpha(), inputs, noise, *options)
@@ -185,7 +195,7 @@ def actor_step(learner: Learner, inputs: Inputs, noise: Tensor, rate: float, *op
     return metrics
 
 
-def critic_step(learner: Learner, inputs: Inputs, noise: CriticNoise, rate: float, *options: Any) -> Metrics:  # noqa: ANN401
+def critic_step(learner: Learner, inputs: Inputs, noise: CriticNoise, rate: Rate, *options: Any) -> Metrics:  # noqa: ANN401
     """Move the critics towards their target; ``options`` go to the loss."""
     networks = learner.actor, learner.critic, learner.target_critic
     loss, metrics = learner.critic_loss(*networks, learner.alpha(), inputs, noise, learner.backup_entropy, *options)
@@ -197,7 +207,7 @@ def temperature_loss(log_alpha: Tensor, entropy: Tensor, target: float) -> Tenso
     return log_alpha.exp() * (entropy - target)
 
 
-def temperature_step(learner: Learner, entropy: Tensor, rate: float) -> Metrics:
+def temperature_step(learner: Learner, entropy: Tensor, rate: Rate) -> Metrics:
     """Move log alpha towards the target entropy; ``entropy`` is that of the actor before its step, of all ranks."""
     alpha = learner.alpha()
     loss = temperature_loss(learner.log_alpha, entropy, learner.target_entropy)
@@ -226,7 +236,7 @@ def follow(target: nn.Module, critic: nn.Module, rate: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(critic.parameters()), rate)
 
 
-def minimise(loss: Tensor, optimizer: Adam, rate: float, metrics: Metrics | None = None) -> Metrics:
+def minimise(loss: Tensor, optimizer: Adam, rate: Rate, metrics: Metrics | None = None) -> Metrics:
     """One optimizer step at learning rate ``rate``; returns the metrics, scalars as means over ranks.
 
     They travel with the gradients, so that all ranks know the same entropy and stop at the same NaN.

@@ -1,6 +1,6 @@
-"""Time of one FlashSAC update against its arithmetic floor: the matrix products of the same update, done alone.
+"""Time of one update against its arithmetic floor: the matrix products of the same update, done alone.
 
-With ``critic=flow``: of updates with flow critics, by their steps and noises, against the categorical critic's.
+With ``critic=flow``: of FlashSAC's updates with flow critics, by steps and noises, against the categorical critic's.
 
 The products are those that two updates (one with an actor step) really do, recorded from an eager run with their
 shapes, strides and precision; the floor is the time that they take one after the other on tensors that lie ready.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlplastic.acceleration import barrier
+from rlplastic.acceleration import barrier, compiled
 from rlplastic.agents import make_agent
 from rlplastic.benchmarking.timing import interleaved
 from rlplastic.composition import compose
@@ -26,9 +26,11 @@ from rlplastic.replay.sample import Batch
 
 OBSERVATIONS, ACTIONS = 348, 17
 CAPTION = (
-    "Milliseconds per update, median; the actor learns every second time. floor: the same products alone; "
+    "Milliseconds per update, median; FlashSAC's actor learns every second time. floor: the same products alone; "
     "categorical: the same agent with the categorical critic."
 )
+SIZES = {"flashsac": [(256, 512), (128, 256), (64, 256)], "sac": [(256, 256), (128, 128)]}
+"""Width of the critic, and batch: published, smaller, `preset=auto` on few cores; for plain SAC usual, and smaller."""
 COUNTS = (1, 2, 4, 8)
 """Steps and noises of flow critics; 8 and 8 are published."""
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
@@ -46,14 +48,13 @@ def measure(options: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - the verb's 
         counts = COUNTS[:2] if options.quick else COUNTS
         width, batch = (32, 64) if options.quick else (64, 256)
         return _flow_rows(width, batch, counts, options.repeats)
-    sizes = [(32, 64)] if options.quick else [(256, 512), (128, 256), (64, 256)]
     eager = options.quick or (machine.compiler is None and machine.device == "cpu")
     modes = ["off"] if eager else ["on", "off"]
-    precisions = ["bf16", "float32"] if machine.bf16_hardware else ["float32"]
     return [
-        _row(width, batch, precision, mode, options.repeats)
-        for width, batch in sizes
-        for precision in precisions
+        _row(agent, width, batch, precision, mode, options.repeats)
+        for agent, sizes in SIZES.items()
+        for width, batch in ([(32, 64)] if options.quick else sizes)
+        for precision in (["bf16"] if machine.bf16_hardware and agent != "sac" else []) + ["float32"]
         for mode in modes
     ]
 
@@ -66,7 +67,7 @@ def _flow_rows(width: int, batch: int, counts: Sequence[int], repeats: int) -> l
         (0, 0): ["critic=categorical"],
         **{(k, m): ["critic=flow", f"critic.steps={k}", f"critic.noises={m}"] for k, m in flows},
     }
-    agents = {key: _agent(width, batch, critic) for key, critic in overrides.items()}
+    agents = {key: _agent("flashsac", width, batch, critic) for key, critic in overrides.items()}
     works = {key: partial(_two, agent, drawn) for key, agent in agents.items()}
     times = {key: time / 2e3 for key, time in interleaved(works, repeats, wait=barrier(machine.device)).items()}
     return [
@@ -85,24 +86,30 @@ def _flow_rows(width: int, batch: int, counts: Sequence[int], repeats: int) -> l
 
 
 def _agent(
-    width: int, batch: int, overrides: Sequence[str], compile: Callable[[Any], Any] = lambda function: function
-) -> Any:  # noqa: ANN401 - FlashSAC, of which `Agent` shows less
-    sizes = [f"agent.critic_width={width}", f"agent.actor_width={width // 2}", f"replay.batch_size={batch}"]
-    config, _ = resolve(compose([*sizes, *overrides, "compile=off"]), probe_machine("auto"))
+    name: str,
+    width: int,
+    batch: int,
+    overrides: Sequence[str],
+    compile: Callable[[Any], Any] = lambda function: function,
+) -> Any:  # noqa: ANN401 - an agent, of which `Agent` shows less
+    actor = width if name == "sac" else width // 2
+    sizes = [f"agent.critic_width={width}", f"agent.actor_width={actor}", f"replay.batch_size={batch}"]
+    config, _ = resolve(compose([f"agent={name}", *sizes, *overrides, "compile=off"]), probe_machine("auto"))
     return make_agent(config, {"policy": OBSERVATIONS}, ACTIONS, compile)
 
 
-def _row(width: int, batch: int, precision: str, mode: str, repeats: int) -> dict[str, Any]:
+def _row(name: str, width: int, batch: int, precision: str, mode: str, repeats: int) -> dict[str, Any]:
     machine = probe_machine("auto")
-    agent_with = partial(_agent, width, batch, [f"precision={precision}"])
+    agent_with = partial(_agent, name, width, batch, [f"precision={precision}"])
     drawn = _batch(batch, machine.device)
     products = _products(lambda: _two(agent_with(), drawn))
     replay = _replay(products, machine.device)
-    agent = agent_with(partial(torch.compile, dynamic=False, fullgraph=True) if mode == "on" else lambda f: f)
+    agent = agent_with(compiled if mode == "on" else lambda function: function)
     works = {"update": lambda: _two(agent, drawn), "floor": replay}
     times = interleaved(works, repeats, wait=barrier(machine.device))
     update, floor = (times[name] / 2e3 for name in ("update", "floor"))
     return {
+        "agent": name,
         "width": width,
         "batch": batch,
         "precision": precision,
@@ -153,7 +160,11 @@ def _products(work: Callable[[], None]) -> list[Product]:
 
 def _replay(products: list[Product], device: str) -> Callable[[], None]:
     def tensor(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty_strided(shape, stride, dtype=torch.float32, device=device).normal_().to(dtype)
+        stored = [
+            size if step else 1 for size, step in zip(shape, stride, strict=True)
+        ]  # what is expanded is there once
+        once = torch.empty_strided(stored, stride, dtype=torch.float32, device=device).normal_().to(dtype)
+        return once.expand(shape)
 
     ready = [(func, [tensor(*spec) for spec in specs]) for func, specs in products]
 

@@ -37,6 +37,11 @@ FUNCTIONS: dict[Callable[..., Any], Kind] = {
 }
 
 
+def kind_of(module: nn.Module) -> Kind | None:
+    """That of an activation module, or of one derived from it; None for others."""
+    return next((KINDS[base] for base in type(module).__mro__ if base in KINDS), None)
+
+
 @dataclass(frozen=True)
 class Layer:
     """Outputs of one hidden layer, after its nonlinearity: (rows, units), or (members, rows, units) of an ensemble."""
@@ -236,7 +241,8 @@ class ModuleReader:
 
         wanted = self.layers
         if wanted is None:
-            wanted = {name: KINDS[type(part)] for name, part in self._names.items() if type(part) in KINDS}
+            found_kinds = {name: kind_of(part) for name, part in self._names.items()}
+            wanted = {name: kind for name, kind in found_kinds.items() if kind is not None}
         handles = [self._names[name].register_forward_hook(record(name, kind)) for name, kind in wanted.items()]
         handles.append(self.module.register_forward_pre_hook(lambda *_: runs.append(1)))
         try:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from batches import random_batch
+from batches import on_gpu, random_batch
 from synchronisation import no_synchronisation
 
 from rlplastic.agents import make_agent, parameter_bytes
@@ -35,15 +35,6 @@ def agent_of(dims: dict[str, int] = DIMS, *, seed: int = 0, planned: int | None 
 
 def batch_of(index: int = 0, dims: dict[str, int] = DIMS) -> Batch:
     return random_batch(dims, ACTIONS, ROWS, index, kept=0.8)
-
-
-def on_gpu(batch: Batch) -> Batch:
-    return replace(
-        batch,
-        **{name: getattr(batch, name).cuda() for name in ("action", "reward", "discount", "rows")},
-        observation={name: value.cuda() for name, value in batch.observation.items()},
-        next_observation={name: value.cuda() for name, value in batch.next_observation.items()},
-    )
 
 
 def observation_of(index: int, rows: int = ENVS) -> dict[str, np.ndarray]:

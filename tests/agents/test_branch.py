@@ -9,6 +9,7 @@ import pytest
 import torch
 from batches import random_batch
 
+from rlplastic.acceleration import compiled
 from rlplastic.agents.flashsac import FlashSAC
 from rlplastic.agents.sac import SAC
 from rlplastic.config import CategoricalCriticConfig, FlashSACConfig, SACConfig, ScalarCriticConfig
@@ -86,9 +87,6 @@ def test_what_a_branch_learned_is_taken_over_in_place_and_then_goes_on_alike(nam
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_a_branch_runs_through_the_compiled_losses_of_its_agent_and_compiles_nothing_anew() -> None:
     plain = SACConfig(critic_width=8, actor_width=8, gamma=0.99)
-
-    def compiled(function: Any) -> Any:
-        return torch.compile(function, dynamic=False, fullgraph=True)
 
     agent, alone = (SAC(DIMS, ACTIONS, ENVS, plain, ScalarCriticConfig(), compile=compiled) for _ in range(2))
     learn(agent, 0, 3), learn(alone, 0, 3)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 
 from rlplastic import seeding
+from rlplastic.acceleration import compiled as compiler
 from rlplastic.agents.flashsac import FlashSAC
 from rlplastic.agents.steps import Inputs
 from rlplastic.config import CategoricalCriticConfig, FlashSACConfig
 
 OBSERVATIONS, ACTIONS, ROWS, UPDATES = 6, 2, 32, 100
-compiler = partial(torch.compile, dynamic=False, fullgraph=True)
 
 
 def agent_of(bf16: bool, compile=lambda function: function) -> FlashSAC:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from batches import random_batch
 from scipy.stats import norm
 from synchronisation import no_synchronisation
 
+from rlplastic.acceleration import compiled as compiler
 from rlplastic.agents import make_agent, parameter_bytes, steps
 from rlplastic.agents.flashsac import FlashSAC
 from rlplastic.agents.flashsac import update as flashsac_update
@@ -416,7 +416,6 @@ def test_memory_of_the_networks_is_estimated_before_they_are_made(name: str, rea
 @pytest.mark.slow
 @AGENTS
 def test_compiled_equals_eager_and_compiles_nothing_after_the_second_update(name: str) -> None:
-    compiler = partial(torch.compile, dynamic=False, fullgraph=True)
     settings = {"steps": 2, "noises": 2}
     eager, compiled = agent_of(name, **settings), agent_of(name, compile=compiler, **settings)
     found = worked(compiled, 0, 2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from batches import random_batch
 from synchronisation import no_synchronisation
 from torch import nn
 
+from rlplastic.acceleration import compiled as compiler
 from rlplastic.agents import parameter_bytes, steps
 from rlplastic.agents.adam import Adam
 from rlplastic.agents.heads import Scalar
@@ -404,7 +404,7 @@ def test_updates_and_their_metrics_never_wait_for_the_device(monkeypatch: pytest
 @pytest.mark.slow
 def test_compiled_equals_eager_and_compiles_nothing_after_the_second_update() -> None:
     eager = agent_of(layer_norm=True, actor_every=2)
-    compiled = agent_of(0, partial(torch.compile, dynamic=False, fullgraph=True), layer_norm=True, actor_every=2)
+    compiled = agent_of(0, compiler, layer_norm=True, actor_every=2)
     found = worked(compiled, 0, 2)
     with torch.compiler.set_stance("fail_on_recompile"):
         found += worked(compiled, 2, 30)

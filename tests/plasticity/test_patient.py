@@ -121,7 +121,7 @@ def test_a_loss_is_that_of_the_agent_and_leaves_everything_as_it_was(kind: str, 
         of_flow = agent.learner.critic.noise(64, ACTIONS, seeding.generator("cpu", 0, "noise of measurements", 0))
         noise = of_flow._replace(action=torch.zeros_like(of_flow.action))
     agent.updates = 4  # both networks are due
-    metrics = agent.move(inputs, torch.zeros(64 * agent.ACTOR_ROWS, ACTIONS), noise, 0.0)
+    metrics = agent.move(inputs, torch.zeros(64 * agent.ACTOR_ROWS, ACTIONS), noise, agent.rates(0.0))
     if kind.startswith("flashsac") == (network == "actor"):  # what moves first
         assert value == pytest.approx(float(metrics[f"loss/{network}"]), rel=1e-5)
 

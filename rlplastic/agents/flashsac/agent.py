@@ -20,6 +20,7 @@ from rlplastic.agents.flashsac import update
 from rlplastic.agents.flashsac.exploration import HeldNoise
 from rlplastic.agents.flashsac.networks import Actor, Critic, make_critic
 from rlplastic.agents.flow import FlowCritic
+from rlplastic.agents.graphs import Record
 from rlplastic.agents.layers import NormBounds
 from rlplastic.agents.pooling import reduction
 from rlplastic.agents.reward_scaling import RewardScaler
@@ -48,6 +49,7 @@ class FlashSAC(SoftActorCritic[update.Learner]):
         kernels: torch, or triton on a GPU, for the projections.
         group: the ranks that learn together; ``num_envs`` are this one's.
         bn_sync: see `rlplastic.agents.pooling`.
+        record: see `rlplastic.agents.graphs`.
     """
 
     COLUMNS = (*SoftActorCritic.COLUMNS, "noise.noise", "noise.remaining")
@@ -69,6 +71,7 @@ class FlashSAC(SoftActorCritic[update.Learner]):
         kernels: str = "torch",
         group: Group = ALONE,
         bn_sync: str = "running",
+        record: Record | None = None,
     ) -> None:
         assert agent.critic_width and agent.actor_width and agent.gamma is not None, "resolve the configuration first"
         critic_group = "critic" if "critic" in observation_dims else "policy"
@@ -98,6 +101,7 @@ class FlashSAC(SoftActorCritic[update.Learner]):
             planned_updates=planned_updates,
             device=device,
             group=group,
+            record=record,
         )
         self._noise = HeldNoise(num_envs, action_dim, agent.noise_repeat_max, agent.noise_per_env, seed, group.rank)
 
@@ -106,17 +110,15 @@ class FlashSAC(SoftActorCritic[update.Learner]):
         return self._noise.at(step, active)
 
     def move(
-        self, inputs: steps.Inputs, actor_noise: Tensor | None, critic_noise: steps.CriticNoise, budget_used: float
+        self, inputs: steps.Inputs, actor_noise: Tensor | None, critic_noise: steps.CriticNoise, rates: steps.Rates
     ) -> dict[str, Tensor]:
         """Actor and temperature when they are due, then critic and target; the actor's noise is (2B, A)."""
         learner = self.learner
         metrics: dict[str, Tensor] = {}
         if actor_noise is not None:
-            rate = self.learning_rate(self.updates // self.config.actor_every, budget_used)
-            metrics |= update.actor_step(learner, inputs, actor_noise, rate)
-            metrics |= steps.temperature_step(learner, metrics["policy/entropy"], rate)
-        rate = self.learning_rate(self.updates, budget_used)
-        return metrics | update.critic_step(learner, inputs, critic_noise, rate)
+            metrics |= update.actor_step(learner, inputs, actor_noise, rates.actor)
+            metrics |= steps.temperature_step(learner, metrics["policy/entropy"], rates.actor)
+        return metrics | update.critic_step(learner, inputs, critic_noise, rates.critic)
 
     def norms(self) -> dict[str, Tensor]:
         """How far each bounded norm is from its bound, by network (0 up to rounding)."""

@@ -127,14 +127,14 @@ def target_entropy(action_dim: int, std: float) -> float:
     return 0.5 * action_dim * math.log(2 * math.pi * math.e * std**2)
 
 
-def actor_step(learner: Learner, inputs: Inputs, noise: Tensor, rate: float) -> Metrics:
+def actor_step(learner: Learner, inputs: Inputs, noise: Tensor, rate: steps.Rate) -> Metrics:
     """Move the actor along its loss, with the critic frozen, and re-project it."""
     metrics = steps.actor_step(learner, inputs, noise, rate, learner.bf16)
     learner.actor_bounds.project()
     return metrics
 
 
-def critic_step(learner: Learner, inputs: Inputs, noise: steps.CriticNoise, rate: float) -> Metrics:
+def critic_step(learner: Learner, inputs: Inputs, noise: steps.CriticNoise, rate: steps.Rate) -> Metrics:
     """Move the critic towards its target, re-project it, and let the target critic follow."""
     metrics = steps.critic_step(learner, inputs, noise, rate, learner.bf16)
     learner.critic_bounds.project()

@@ -17,6 +17,7 @@ from rlplastic.agents import steps
 from rlplastic.agents.adam import Adam
 from rlplastic.agents.exploration import gaussian_noise
 from rlplastic.agents.flow import FlowCritic
+from rlplastic.agents.graphs import Record
 from rlplastic.agents.pooling import reduction
 from rlplastic.agents.reward_scaling import RewardScaler
 from rlplastic.agents.sac import update
@@ -41,6 +42,7 @@ class SAC(SoftActorCritic[steps.Learner]):
         compile: turns a loss function into a faster equal one (``torch.compile``), or leaves it.
         group: the ranks that learn together; ``num_envs`` are this one's.
         bn_sync: see `rlplastic.agents.pooling`; nothing without batch norms.
+        record: see `rlplastic.agents.graphs`.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class SAC(SoftActorCritic[steps.Learner]):
         compile: Callable[[Any], Any] = lambda function: function,
         group: Group = ALONE,
         bn_sync: str = "running",
+        record: Record | None = None,
     ) -> None:
         assert agent.critic_width and agent.actor_width and agent.gamma is not None, "resolve the configuration first"
         critic_group = "critic" if "critic" in observation_dims else "policy"
@@ -86,6 +89,7 @@ class SAC(SoftActorCritic[steps.Learner]):
             planned_updates=planned_updates,
             device=device,
             group=group,
+            record=record,
         )
 
     def exploration_noise(self, step: int, active: NDArray[np.bool_]) -> NDArray[np.float32]:
@@ -93,15 +97,14 @@ class SAC(SoftActorCritic[steps.Learner]):
         return gaussian_noise(len(active), self.action_dim, self.seed, step, self.group.rank)
 
     def move(
-        self, inputs: steps.Inputs, actor_noise: Tensor | None, critic_noise: steps.CriticNoise, budget_used: float
+        self, inputs: steps.Inputs, actor_noise: Tensor | None, critic_noise: steps.CriticNoise, rates: steps.Rates
     ) -> dict[str, Tensor]:
         """Critics, then actor and temperature when they are due, then target; all noise is (B, A)."""
         learner = self.learner
-        metrics = steps.critic_step(learner, inputs, critic_noise, self.learning_rate(self.updates, budget_used))
+        metrics = steps.critic_step(learner, inputs, critic_noise, rates.critic)
         if actor_noise is not None:
-            rate = self.learning_rate(self.updates // self.config.actor_every, budget_used)
-            metrics |= steps.actor_step(learner, inputs, actor_noise, rate)
-            metrics |= steps.temperature_step(learner, metrics["policy/entropy"], rate)
+            metrics |= steps.actor_step(learner, inputs, actor_noise, rates.actor)
+            metrics |= steps.temperature_step(learner, metrics["policy/entropy"], rates.actor)
         steps.follow(learner.target_critic, learner.critic, learner.target_rate)
         return metrics
 

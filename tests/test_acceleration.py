@@ -1,0 +1,49 @@
+"""What is set once per process: compiled losses belong to one agent, recordings to one process on a GPU."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rlplastic import acceleration
+from rlplastic.agents.graphs import cuda_graph
+from rlplastic.composition import compose
+from rlplastic.errors import ConfigurationError
+from rlplastic.presets import probe_machine, resolve
+
+
+def loss(network: nn.Module, x: Tensor) -> Tensor:
+    result: Tensor = network(x).square().mean()
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_networks_of_other_depths_do_not_run_through_each_others_code() -> None:
+    x = torch.randn(4, 3)
+    for depth in (1, 2):  # the first parameters have equal shapes
+        network = nn.Sequential(*(nn.Linear(3, 3) for _ in range(depth)))
+        torch.testing.assert_close(acceleration.compiled(loss)(network, x), loss(network, x))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_copy_runs_through_the_same_code_with_its_own_parameters() -> None:
+    compiled, x = acceleration.compiled(loss), torch.randn(4, 3)
+    for index in range(3):
+        network = nn.Linear(3, 3)
+        with torch.compiler.set_stance("fail_on_recompile" if index else "default"):
+            torch.testing.assert_close(compiled(network, x), loss(network, x))
+
+
+def test_recordings_are_for_one_process_on_a_gpu() -> None:
+    config, _ = resolve(compose(["cuda_graphs=true", "device=cpu"]), probe_machine("cpu"))
+    with pytest.raises(ConfigurationError, match="does not go with device=cpu and 1 ranks"):
+        acceleration.recorder(config)
+    config.device = "cuda"
+    assert acceleration.recorder(config) is cuda_graph
+    config.cuda_graphs = False
+    assert acceleration.recorder(config) is None
