@@ -150,8 +150,8 @@ class CriticConfig:
     num_members: int = 2
     """Critics in the ensemble; the smaller value is used [S, F]."""
     target_noise: float = 0.0
-    """M: noise U[-M, M] is added to every target, in its units (the scaled return where rewards are scaled), to see how a
-    critic bears it (arXiv 2603.04333); 0: none."""
+    """M: noise U[-M, M] is added to every target, in units of the scaled return, to see how a critic bears it (arXiv
+    2603.04333); 0: none."""
 
 
 @dataclass

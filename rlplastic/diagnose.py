@@ -1,7 +1,7 @@
 """`python -m rlplastic.diagnose run=runs/humanoid`: can its networks still learn? Beside fresh ones, on its own states.
 
-Prints a table, writes `diagnosis.json` with every layer and `diagnosis.png`. For a network of any library:
-`python -m rlplastic.diagnose state=model.safetensors factory=package.module:function states=states.npz`.
+Prints a table, writes `diagnosis.json` with every layer, `diagnosis.png` and `critic.png`. For a network of any
+library: `python -m rlplastic.diagnose state=model.safetensors factory=package.module:function states=states.npz`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ TARGET = "target"
 class Arguments:
     """Measure whether networks can still learn; prints a table, writes diagnosis.json and diagnosis.png.
 
+    Of a run also what its critic's values and features are worth: critic.png.
+
     run: run directory, whose newest checkpoint is diagnosed on states of its replay; or else, a network of any library:
     state: its state dict, as safetensors or from torch.save, which is loaded without unpickling code; factory: a
     function module:name that returns a new network; states: an npz file with its inputs in their order, and perhaps
     `target`, what its outputs should be; profile: plain, or bounded for unit rows and a batch norm before every ReLU.
-    rows: transitions that are drawn from the replay; probe_steps: of the trainability probe, 0 for none; seed: of
-    draws, fresh networks and the probe; out: folder of the two files, the run's own or the working directory if left
-    out.
+    rows: transitions that are drawn from the replay; probe_steps: of the trainability probe, and of copies of a run's
+    critic, 0 for none; seed: of draws, fresh networks and the probe; out: folder of the files, the run's own or the
+    working directory if left out.
     """
 
     run: str | None = None
@@ -61,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
     _check(options)
 
     from rlplastic import diagnosis
-    from rlplastic.diagnosis_views import draw, show
+    from rlplastic.diagnosis_views import draw, draw_critic, show
     from rlplastic.policy import read_config
     from rlplastic.run_directory import require_writable, write_report
     from rlplastic.terminal import View, standard_console
@@ -82,7 +84,9 @@ def main(arguments: Sequence[str]) -> None:
     show(report, console)
     write_report(out / "diagnosis.json", report.document(), "diagnose again")
     draw(report, out / "diagnosis.png")
-    view.note(f"written to {out / 'diagnosis.json'} and {out / 'diagnosis.png'}")
+    drawn = draw_critic(report, out / "critic.png")
+    files = [out / name for name in ("diagnosis.json", "diagnosis.png", *(["critic.png"] if drawn else []))]
+    view.note(f"written to {', '.join(map(str, files[:-1]))} and {files[-1]}")
 
 
 def _check(options: Arguments) -> None:
