@@ -10,7 +10,7 @@ of its plasticity is the error of the later phases over that of the first. Criti
 bounded: FlashSAC's), equal but for their kind; actions change nothing. Flow: K = m = 4.
 
 Writes ``errors.csv`` (a row for each critic, seed and phase), ``summary.md`` and ``errors.png``; what the CSV has is
-not run again. About three core-minutes for each seed.
+not run again. About one core-minute for each seed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from rlplastic.presets import probe_machine, resolve
 from rlplastic.replay.sample import Batch
 
 STATES, FEATURES, GAMMA, LARGEST = 24, 8, 0.9, 4.0
-PHASES, DATA, BATCH = 4, 100, 32
+PHASES, DATA, BATCH = 3, 60, 32
 RATIOS = (1, 4, 16)
 TRUNKS = {
     "plain": ["agent=sac", "agent.critic_width=64"],
@@ -152,10 +152,10 @@ def summary(rows: Sequence[Row]) -> str:
     lines = [
         "# Values of a chain whose rewards change: flow, categorical and scalar critics",
         "",
-        f"Made by `python benchmarks/flow_chain.py benchmarks/flow_chain`. {PHASES} phases of {DATA} transitions, batch",
-        f"{BATCH}; error: root mean square of Q - V over that of V, at the end of the phases after the first, with 95 %",
-        "t intervals over seeds. minus flow: paired by seed, above 0 where the flow is nearer to V. later / first: the",
-        "same errors over that of the first phase, above 1 where what was learned before is in the way.",
+        f"Made by `python benchmarks/flow_chain.py benchmarks/flow_chain`. {PHASES} phases of {DATA} transitions,",
+        f"batch {BATCH}; error: root mean square of Q - V over that of V, at the end of the phases after the first,",
+        "with 95 % t intervals over seeds. minus flow: paired by seed, above 0 where the flow is nearer to V. later /",
+        "first: the same errors over that of the first phase, above 1 where what was learned before is in the way.",
         "",
         "| trunk | replay ratio | critic | seeds | error | minus flow | later / first |",
         "|---|---|---|---|---|---|---|",

@@ -67,10 +67,10 @@ class CriticReport:
     """Of one critic, on ``rows`` transitions.
 
     kind: flow, categorical or scalar; bootstrapped: mean share of the returns that is the target critic's; value_error:
-    after each Euler step, or one number; learning: error every `EVERY` updates of copies that learn the returns, with
-    ``head`` only the last hidden layer and the head, with ``all layers`` everything; noise: error after as many updates
-    on the replay with noise U[-M, M] in the targets, M in `MAGNITUDES`. The last two are empty if no updates were asked
-    for.
+    after each Euler step, or one number; learning: error after every ``every`` updates of copies that learn the
+    returns, with ``head`` only the last hidden layer and the head, with ``all layers`` everything; noise: error after
+    as many updates on the replay with noise U[-M, M] in the targets, M in `MAGNITUDES`. The last two are empty if no
+    updates were asked for.
     """
 
     kind: str
@@ -80,6 +80,7 @@ class CriticReport:
     learning: Mapping[str, Floats] = field(default_factory=dict)
     magnitudes: Floats = MAGNITUDES
     noise: Floats = ()
+    every: int = EVERY
     flow: Flow | None = None
 
     def figure(self) -> FlowReport:
@@ -93,7 +94,7 @@ class CriticReport:
             magnitudes=self.magnitudes,
             norms=flow.norms if flow else None,
             curvature=flow.curvature if flow else None,
-            every=EVERY,
+            every=self.every,
         )
 
 
