@@ -152,9 +152,16 @@ def reported(path: Path) -> CriticReport:
     return report.critic
 
 
+@pytest.fixture(scope="module")
+def reports(runs: Path) -> dict[str, CriticReport]:
+    return {name: reported(runs / name) for name in (*CRITICS, "bounded")}
+
+
 @pytest.mark.parametrize("name", ["flow", "bounded"])
-def test_a_flows_steps_are_read_and_the_oldest_checkpoint_is_the_old_copy(runs: Path, name: str) -> None:
-    found = reported(runs / name)
+def test_a_flows_steps_are_read_and_the_oldest_checkpoint_is_the_old_copy(
+    runs: Path, reports: dict[str, CriticReport], name: str
+) -> None:
+    found = reports[name]
     flow = found.flow
     assert found.kind == "flow" and flow is not None and len(found.value_error) == 2
     oldest = min((runs / name / "checkpoints").glob("step_*"))
@@ -167,8 +174,8 @@ def test_a_flows_steps_are_read_and_the_oldest_checkpoint_is_the_old_copy(runs: 
 
 
 @pytest.mark.parametrize("name", ["flow", "categorical", "scalar", "bounded"])
-def test_critics_of_every_kind_are_asked_what_makes_sense_for_them(runs: Path, name: str) -> None:
-    found = reported(runs / name)
+def test_critics_of_every_kind_are_asked_what_makes_sense_for_them(reports: dict[str, CriticReport], name: str) -> None:
+    found = reports[name]
     assert (found.flow is None) == (name in ("categorical", "scalar"))
     assert set(found.learning) == {"head", "all layers"}
     for errors in found.learning.values():
@@ -176,7 +183,10 @@ def test_critics_of_every_kind_are_asked_what_makes_sense_for_them(runs: Path, n
         assert errors[0] == pytest.approx(found.value_error[-1], rel=1e-6), "they begin as the critic that is saved"
         assert errors[-1] < errors[0]
     assert len(found.noise) == len(found.magnitudes) and len(set(found.noise)) == len(found.noise)
-    assert found == reported(runs / name), "the same command finds the same"
+
+
+def test_the_same_question_has_the_same_answer(runs: Path, reports: dict[str, CriticReport]) -> None:
+    assert reported(runs / "flow") == reports["flow"]
 
 
 def test_nothing_learns_where_no_updates_are_asked_for(runs: Path) -> None:
@@ -196,7 +206,7 @@ def test_without_an_earlier_checkpoint_there_is_no_recovery_and_the_reason_is_to
 def test_the_verb_tells_it_in_table_document_and_picture(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [f"run={runs / 'flow'}", f"out={tmp_path}", f"rows={ROWS}", f"probe_steps={UPDATES}"]
+    command = [f"run={runs / 'flow'}", f"out={tmp_path}", f"rows={ROWS}", "probe_steps=10"]
     assert run_verb(diagnose.main, command) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "values of the flow critic on 48 recent transitions" in shown

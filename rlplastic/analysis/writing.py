@@ -40,8 +40,8 @@ MEASURED = (
 )
 JUDGED = (
     "What the critics of diagnosed runs are worth (python -m rlplastic.diagnose run=…): mean absolute errors against "
-    "returns of the replay, in their standard deviations. Of flows: after each Euler step, and with the first ones taken "
-    "by an old copy. Of all kinds: while a copy learns the returns, and after updates with noise in the targets."
+    "returns of the replay, in their standard deviations. Of flows: after each Euler step, and with the first ones "
+    "taken by an old copy. Of all kinds: while a copy learns the returns, and after updates with noise in the targets."
 )
 SPENT = "Where wall time went, all seeds together; of profile.json where every run has one, else of timing.csv."
 
