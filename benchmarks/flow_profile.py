@@ -1,27 +1,26 @@
-"""Where the time of a flow critic's update goes: what telling z and t to the network takes of it.
+"""What telling z and t to its network costs a flow critic's update: the question whether a fused kernel would pay.
 
     python benchmarks/flow_profile.py
 
-For both agents, eager, 64 wide, batch 128, K = m = 4 (a row for each precision): the shares of torch's profiler, of all
-operations of ten updates, that go to the HL-Gauss code of z, to the cosines of t, to matrix products, and to all other
-operations. They are shares of the same run, so other work on the machine changes them little.
+For both agents, eager, 64 wide, batch 128, K = m = 4: the shares of an update's processor time that go to the HL-Gauss
+code of z and to the cosines of t, neither of which has a gradient. Processor time of this process, not wall time, so
+that other work on the machine changes little.
 """
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile, record_function
 
 from rlplastic.agents import make_agent
-from rlplastic.agents.flashsac import FlashSAC
 from rlplastic.agents.flow import Encoding
-from rlplastic.agents.sac import SAC
 from rlplastic.composition import compose
 from rlplastic.presets import probe_machine, resolve
 from rlplastic.replay.sample import Batch
 
-OBSERVATIONS, ACTIONS, ROWS, UPDATES = 11, 3, 128, 10
+OBSERVATIONS, ACTIONS, ROWS, UPDATES = 11, 3, 128, 100
 """Hopper's sizes."""
 COMMON = [
     *("agent.critic_width=64", "agent.actor_width=64", f"replay.batch_size={ROWS}", "compile=off"),
@@ -32,19 +31,19 @@ AGENTS = {
     "flashsac, bf16": ["agent=flashsac", "precision=bf16"],
     "sac": ["agent=sac"],
 }
-PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
 
 
-def recorded(name: str) -> None:
-    """Let the profiler see a method of `Encoding` by its name."""
+def counted(name: str, spent: dict[str, float]) -> None:
+    """Add the time of every call of a method of `Encoding` to ``spent``."""
     method = getattr(Encoding, name)
 
-    def seen(self: Encoding, values: Tensor) -> Tensor:
-        with record_function(name):
-            result: Tensor = method(self, values)
-            return result
+    def call(self: Encoding, values: Tensor) -> Tensor:
+        begun = time.process_time()
+        result: Tensor = method(self, values)
+        spent[name] = spent.get(name, 0.0) + time.process_time() - begun
+        return result
 
-    setattr(Encoding, name, seen)
+    setattr(Encoding, name, call)
 
 
 def batch() -> Batch:
@@ -61,31 +60,26 @@ def batch() -> Batch:
     )
 
 
-def shares(overrides: list[str]) -> dict[str, float]:
-    """Shares of an update's operations, which sum to 1."""
-    config, _ = resolve(compose([*overrides, *COMMON]), probe_machine("cpu"))
-    agent = make_agent(config, {"policy": OBSERVATIONS}, ACTIONS)
-    assert isinstance(agent, FlashSAC | SAC)
-    drawn = batch()
-    agent.update(drawn, 0.5)
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        for _ in range(UPDATES):
-            agent.update(drawn, 0.5)
-    events = {event.key: event for event in profiler.key_averages()}
-    total = sum(event.self_cpu_time_total for event in events.values())
-    found = {name: events[name].cpu_time_total / total for name in ("code", "time")}
-    found["products"] = sum(events[name].self_cpu_time_total for name in PRODUCTS if name in events) / total
-    return found | {"rest": 1 - sum(found.values())}
-
-
 def main() -> None:
     """See the module."""
     torch.set_num_threads(1)
+    spent: dict[str, float] = {}
     for name in ("code", "time"):
-        recorded(name)
-    print("| agent | code of z | cosines of t | matrix products | all else |\n|---|---|---|---|---|")
+        counted(name, spent)
+    print("| agent | ms of an update | code of z | cosines of t |\n|---|---|---|---|")
     for name, overrides in AGENTS.items():
-        print(f"| {name} | {' | '.join(f'{share:.1%}' for share in shares(overrides).values())} |", flush=True)
+        config, _ = resolve(compose([*overrides, *COMMON]), probe_machine("cpu"))
+        agent = make_agent(config, {"policy": OBSERVATIONS}, ACTIONS)
+        drawn = batch()
+        for _ in range(4):
+            agent.update(drawn, 0.5)
+        spent.clear()
+        begun = time.process_time()
+        for _ in range(UPDATES):
+            agent.update(drawn, 0.5)
+        whole = time.process_time() - begun
+        shares = (f"{spent[part] / whole:.1%}" for part in ("code", "time"))
+        print(f"| {name} | {1e3 * whole / UPDATES:.1f} | {' | '.join(shares)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -83,11 +83,14 @@ def test_a_level_is_reached_between_the_points_of_a_curve(study: ModuleType) -> 
     assert study.reached(curve, -1.0) == 0.0
     assert math.isinf(study.reached(curve, 5.0))
     slow = np.array([0.0, 10.0, 20.0]), np.array([0.0, 1.5, 3.0])
-    assert study.times_as_fast(slow, curve) == f"{20 / 7.5:.2f}" and study.times_as_fast(curve, slow) == "1.00"
+    assert study.times_as_fast(slow, curve) == f"{20 / 7.5:.2f}"
+    told = f"{5 / (20 * 2 / 3):.2f}"  # to the last value of the curve, 2, not to its 4
+    assert study.times_as_fast(curve, slow) == told
+    assert study.times_as_fast((slow[0], slow[1] + 9), curve) == "never"
 
 
 def made_grid(study: ModuleType, folder: Path) -> Path:
-    """Flow and scalar at two replay ratios: returns rise to 100 and 50 in steps of 100, flow at three times the cost."""
+    """Flow and scalar at two replay ratios: returns rise to 100 and 50 over 400 steps, flow at thrice the cost."""
     grid_results = importlib.import_module("grid_results")
     (folder / "curves").mkdir(parents=True)
     for ratio in (1, 4):
@@ -121,11 +124,8 @@ def test_kinds_are_compared_within_their_group_paired_by_seed(study: ModuleType,
 
 def test_diagnoses_are_kept_and_tabulated(study: ModuleType, tmp_path: Path) -> None:
     folder = made_grid(study, tmp_path / "grid")
-    rows = [
-        f"pendulum__plain_4_{kind}__{seed},{value},,1,1,1,,,"
-        for kind, value in (("flow", 2), ("scalar", 5))
-        for seed in (0, 1)
-    ]
+    errors = {"flow": 2, "scalar": 5}
+    rows = [f"pendulum__plain_4_{kind}__{seed},{error},,1,1,1,,," for kind, error in errors.items() for seed in (0, 1)]
     (folder / "diagnoses.csv").write_text("\n".join([",".join(("run", *study.MEASURES)), *rows]) + "\n")
     text = study.study(folder, {})
     section = text.partition("### value_error")[2].partition("###")[0]
