@@ -238,8 +238,8 @@ def _profile(path: Path) -> dict[str, float]:
     return {name: float(part["seconds"]) for name, part in sections.items()}
 
 
-def _critic(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["critic"]
+def _critic(path: Path) -> dict[str, Any] | None:
+    found: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")).get("critic")
     return found
 
 

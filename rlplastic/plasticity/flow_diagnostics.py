@@ -236,7 +236,7 @@ def _panels(report: FlowReport) -> list[Panel]:
             name: (range(0, len(curve) * report.every, report.every), curve)
             for name, curve in report.plasticity.items()
         }
-        panels.append(("features frozen", "update of the head", "loss", losses))
+        panels.append(("features frozen", "update of the head", "loss or error", losses))
     if report.noise is not None:
         costs: Lines = {name: (report.magnitudes, curve) for name, curve in report.noise.items()}
         panels.append(("noise in targets", "M", "error of the value", costs))
