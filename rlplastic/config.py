@@ -155,6 +155,9 @@ class CriticConfig:
     kind: str
     num_members: int = 2
     """Critics in the ensemble; the smaller value is used [S, F]."""
+    target_noise: float = 0.0
+    """M: noise U[-M, M] is added to every target, in units of the scaled return, to see how a critic bears it (arXiv
+    2603.04333); 0: none."""
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """`python -m rlplastic.diagnose run=runs/humanoid`: can its networks still learn? Beside fresh ones, on its own states.
 
-Prints a table, writes `diagnosis.json` with every layer and `diagnosis.png`. For a network of any library:
-`python -m rlplastic.diagnose state=model.safetensors factory=package.module:function states=states.npz`.
+Prints a table, writes `diagnosis.json` with every layer, `diagnosis.png` and `critic.png`. For a network of any
+library: `python -m rlplastic.diagnose state=model.safetensors factory=package.module:function states=states.npz`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ TARGET = "target"
 class Arguments:
     """Measure whether networks can still learn; prints a table, writes diagnosis.json and diagnosis.png.
 
-    Of a run (run=), or of a network of any library (state=, factory= and states=).
+    Of a run (run=), or of a network of any library (state=, factory= and states=); of a run also what its critic's
+    values and features are worth: critic.png.
     """
 
     run: str | None = None
@@ -46,11 +47,11 @@ class Arguments:
     rows: int = 1024
     """Transitions that are drawn from the replay."""
     probe_steps: int = 300
-    """Of the trainability probe; 0 for none."""
+    """Of the trainability probe, and of copies of a run's critic; 0 for none."""
     seed: int = 0
     """Of draws, fresh networks and the probe."""
     out: str | None = None
-    """Folder of the two files; the run's own, or the working directory, if left out."""
+    """Folder of the files; the run's own, or the working directory, if left out."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str]) -> None:
     _check(options)
 
     from rlplastic import diagnosis
-    from rlplastic.diagnosis_views import draw, show
+    from rlplastic.diagnosis_views import draw, draw_critic, show
     from rlplastic.run_directory import require_writable, write_report
     from rlplastic.terminal import View, standard_console
 
@@ -83,7 +84,9 @@ def main(arguments: Sequence[str]) -> None:
     show(report, console)
     write_report(out / "diagnosis.json", report.document(), "diagnose again")
     draw(report, out / "diagnosis.png")
-    view.note(f"written to {out / 'diagnosis.json'} and {out / 'diagnosis.png'}")
+    drawn = draw_critic(report, out / "critic.png")
+    files = [out / name for name in ("diagnosis.json", "diagnosis.png", *(["critic.png"] if drawn else []))]
+    view.note(f"written to {', '.join(map(str, files[:-1]))} and {files[-1]}")
 
 
 def _check(options: Arguments) -> None:

@@ -26,6 +26,7 @@ from rlplastic.agents.sac import SAC
 from rlplastic.agents.steps import Inputs, part
 from rlplastic.checkpoint import CheckpointStore, Loaded
 from rlplastic.config import Config
+from rlplastic.critic_diagnosis import CriticReport, diagnose_critic
 from rlplastic.envs.base import AutoresetMode
 from rlplastic.errors import CheckpointError, ConfigurationError
 from rlplastic.plasticity import PLAIN, ModuleReader, Past, Profile, Subject, measure, snapshot, uninformative
@@ -72,7 +73,8 @@ class Diagnosis:
 class Report:
     """What was found, on how many states.
 
-    subject: what was diagnosed, in words; unavailable: what could not be measured, each with the reason.
+    subject: what was diagnosed, in words; unavailable: what could not be measured, each with the reason; critic: of a
+    run's critic, `rlplastic.critic_diagnosis`.
     """
 
     subject: str
@@ -80,6 +82,7 @@ class Report:
     networks: tuple[Diagnosis, ...]
     unavailable: Mapping[str, str]
     td_error: subjects.TDError | None = None
+    critic: CriticReport | None = None
 
     def document(self) -> dict[str, Any]:
         """As JSON can hold it: numbers that are not finite are null."""
@@ -115,7 +118,7 @@ def diagnose_run(
     Args:
         run: the directory, such as ``runs/humanoid``.
         rows: transitions that are drawn; ranks need two for each unit of the widest last hidden layer.
-        probe_steps: of the trainability probe; 0: none.
+        probe_steps: of the trainability probe, and updates of copies of the critic; 0: none.
         seed: of the draw, of the fresh networks and of the probe.
         warn: called with a sentence for each damaged checkpoint that was passed over.
 
@@ -140,6 +143,9 @@ def diagnose_run(
         ) from error
     inputs, td_error, unavailable = _drawn(config, ring, agent, rows, seed)
     previous = _previous(loaded, agent.updates)
+    old = _oldest(config, ring, loaded)
+    if old is None and config.critic.kind == "flow":
+        unavailable["recovery"] = "there is no earlier checkpoint, of which the first steps could be"
     if previous is None:
         unavailable["angular_speed"] = "there is no earlier checkpoint of another update"
     if initial is None:
@@ -155,7 +161,8 @@ def diagnose_run(
         probed = probe(patient, patient.states, seed, probe_steps) if probe_steps else None
         networks.append(Diagnosis(name, found, probed))
     subject = f"{path} at step {loaded.step:,}, after {agent.updates:,} updates"
-    return Report(subject, rows, tuple(networks), unavailable, td_error)
+    critic = diagnose_critic(config, ring, agent, old, rows, probe_steps, seed)
+    return Report(subject, rows, tuple(networks), unavailable, td_error, critic)
 
 
 def _replay(config: Config, loaded: Loaded) -> ReplayRing:
@@ -230,11 +237,24 @@ def _drawn(
     return inputs, subjects.held_out_td_error(agent, subjects.inputs_of(agent, outside), inputs), {}
 
 
+def _older(loaded: Loaded) -> list[Path]:
+    """The checkpoints before this one."""
+    return [path for path in loaded.path.parent.glob("step_" + "[0-9]" * 12) if path.name < loaded.path.name]
+
+
+def _oldest(config: Config, ring: ReplayRing, loaded: Loaded) -> tuple[FlashSAC | SAC, int] | None:
+    """The agent of the oldest checkpoint there is, and its step; None without any before this one."""
+    try:
+        oldest = CheckpointStore.load(min(_older(loaded)), segments=False)
+        return _agent(config, ring, oldest.tensors("agent"))[0], oldest.step
+    except (ValueError, CheckpointError):
+        return None
+
+
 def _previous(loaded: Loaded, updates: int) -> tuple[dict[str, Tensor], int] | None:
     """The agent's tensors in the checkpoint before this one, and the updates since; None without any."""
-    older = [path for path in loaded.path.parent.glob("step_" + "[0-9]" * 12) if path.name < loaded.path.name]
     try:
-        tensors = CheckpointStore.load(max(older), segments=False).tensors("agent")
+        tensors = CheckpointStore.load(max(_older(loaded)), segments=False).tensors("agent")
     except (ValueError, CheckpointError):
         return None
     since = updates - int(tensors["updates"])

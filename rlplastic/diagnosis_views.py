@@ -23,7 +23,9 @@ from rlplastic.run_directory import remedy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
+    from rlplastic.critic_diagnosis import CriticReport
     from rlplastic.diagnosis import Diagnosis, Metric, Report
 
 WIDEST = 32.0
@@ -101,11 +103,52 @@ def show(report: Report, console: Console) -> None:
         for reason, named in silent.items():
             console.print(Text(f"says nothing here: {', '.join(named)} ({reason})", style="dim"), soft_wrap=True)
     console.print()
+    if report.critic is not None:
+        show_critic(report.critic, console)
     if report.td_error is not None:
         error = report.td_error
         console.print(f"held-out TD error {error.held_out:.4g}, {error.gap:+.2g} from that in training")
     for name, reason in report.unavailable.items():
         console.print(Text(f"not measured: {name}: {reason}"), soft_wrap=True)
+
+
+def show_critic(report: CriticReport, console: Console) -> None:
+    """Print what a critic's values and features are worth; errors are in standard deviations of the returns."""
+    table = Table("what", "found", box=None, pad_edge=False)
+    for name, value in critic_rows(report):
+        table.add_row(Text(name), Text(value))
+    told = f"values of the {report.kind} critic on {report.rows:,} recent transitions, of whose returns "
+    told += f"{report.bootstrapped:.0%} are bootstrapped; errors in their standard deviations"
+    console.print(Text(told, style="bold"), soft_wrap=True)
+    console.print(table)
+    console.print()
+
+
+def critic_rows(report: CriticReport) -> list[tuple[str, str]]:
+    """Each diagnostic of a critic and what was found, in words and numbers."""
+    flow = report.flow
+    steps = "after each Euler step" if flow else "of the value"
+    rows = [(f"error {steps}", _numbers(report.value_error))]
+    for name, errors in report.learning.items():
+        rows.append((f"error while {name} learn{'s' if name == 'head' else ''}", _ends(errors)))
+    if report.noise:
+        rows.append((f"error after noise {_numbers(report.magnitudes)} in targets", _numbers(report.noise)))
+    if flow is not None:
+        if flow.recovery:
+            told = f"error, first 0, 1, … steps by the copy of step {flow.old_step:,}"
+            rows.append((told, _numbers(flow.recovery)))
+        rows.append(("curvature of the path by time", _numbers(flow.curvature)))
+        rows.append(("variance of end points, by member", _numbers(flow.endpoint_variance)))
+        rows += [(f"norm of {name} by time", _numbers(norms)) for name, norms in flow.norms.items()]
+    return rows
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(_number(value) for value in values)
+
+
+def _ends(values: Sequence[float]) -> str:
+    return f"from {_number(values[0])} to {_number(values[-1])}"
 
 
 def _change(row: Row) -> str:
@@ -150,6 +193,25 @@ def draw(report: Report, path: Path) -> None:
     for column, (network, table) in enumerate(zip(report.networks, tables, strict=True)):
         _draw_probe(grid[0][column], network)
         _draw_metrics(grid[1][column], table)
+    _save(figure, path)
+
+
+def draw_critic(report: Report, path: Path) -> bool:
+    """The diagnostics of a run's critic as a PNG; False where there is nothing to draw.
+
+    Raises:
+        ConfigurationError: the file cannot be written.
+    """
+    from rlplastic.plasticity import flow_diagnostics
+
+    critic = report.critic
+    if critic is None or not (critic.flow or critic.learning):
+        return False
+    _save(flow_diagnostics.figure(critic.figure()), path)
+    return True
+
+
+def _save(figure: Figure, path: Path) -> None:
     try:
         figure.savefig(path, dpi=140)
     except OSError as error:

@@ -249,6 +249,7 @@ NOT_NEGATIVE = (
     "monitor.value_margin",
     "monitor.rank_margin",
     "monitor.return_margin",
+    "critic.target_noise",
     "priming_updates",
     "evaluation.every",
     "evaluation.final_episodes",

@@ -78,6 +78,11 @@ class Common:
     source: str
 
 
+def horizon(gamma: float) -> int:
+    """Over how many steps a return is summed: see `TAIL`."""
+    return 1 if gamma == 0 else min(math.ceil(math.log(TAIL) / math.log(gamma)), LONGEST)
+
+
 def rules_of(config: MonitorConfig, planned: int | None) -> Rules:
     """The rules of a run; in a short one cadences shrink to a twentieth, a fifth and a half of the planned updates."""
 
@@ -137,8 +142,7 @@ class Watcher:
         widths = max(config.agent.critic_width, config.agent.actor_width)
         self._rows = min(max(ROWS, 2 * widths), replay.capacity)
         self._ranks = self._rows >= 2 * widths
-        gamma = config.agent.gamma
-        self._horizon = 1 if gamma == 0 else min(math.ceil(math.log(TAIL) / math.log(gamma)), LONGEST)
+        self._horizon = horizon(config.agent.gamma)
         self._samplers: dict[tuple[int, bool], Sampler] = {}
         self._monitor = self._new_monitor()
         self._branch: Agent | None = None

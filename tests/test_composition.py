@@ -78,6 +78,7 @@ def test_a_setting_of_another_agent_is_refused_with_the_agent_that_has_it(overri
         (["critic=flow", "critic.noise=loud"], "critic.noise='loud' is not a choice; valid names: bank, fresh"),
         (["critic=flow", "critic.coverage=2"], "critic.coverage=2.0 is out of range; expected at most 1"),
         (["critic=flow", "critic.steps=0"], "critic.steps=0 is out of range"),
+        (["critic.target_noise=-1"], "critic.target_noise=-1.0 is out of range; expected a number of 0 or more"),
         (["agent=sac", "precision=bf16"], "precision=bf16 does not go with agent=sac"),
         (["agent=sac", "agent.name=flashsac"], "expected agent=flashsac instead"),
         (["agent=sac", "agent.weight_decay=-1"], "agent.weight_decay=-1.0 is out of range"),

@@ -130,7 +130,7 @@ def test_a_run_in_use_is_diagnosed_and_nothing_of_it_changes(runs: dict[str, Pat
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as a run that trains does
         assert run_verb(diagnose.main, command) == 0
     assert content(path / "checkpoints") == before
-    assert {file.name for file in tmp_path.iterdir()} == {"diagnosis.json", "diagnosis.png"}
+    assert {file.name for file in tmp_path.iterdir()} == {"diagnosis.json", "diagnosis.png", "critic.png"}
 
 
 def test_the_same_command_finds_the_same(runs: dict[str, Path]) -> None:

@@ -76,7 +76,14 @@ def test_stopping_at_half_the_budget_and_going_on_equals_never_stopping(
         ["overlap=false"],
         ["agent=sac", "agent.layer_norm=true", "agent.weight_decay=0.01", "replay.prioritised=true"],
         ["critic=flow", "critic.steps=2", "critic.noises=2", "agent.n_step=3", "replay.prioritised=true"],
-        ["agent=sac", "critic=flow", "critic.steps=2", "critic.noises=2", "critic.noise=bank"],
+        [
+            "agent=sac",
+            "critic=flow",
+            "critic.steps=2",
+            "critic.noises=2",
+            "critic.noise=bank",
+            "critic.target_noise=0.5",
+        ],
     ],
     ids=["held-out episodes", "priorities", "recency", "one after the other", "plain SAC", "flow", "flow of plain SAC"],
 )

@@ -96,11 +96,11 @@ class Encoding(nn.Module):
         With (…, m, B) the code is (…, m, B, BINS), or (…, BINS, m, B).
         """
         first, last = self.edges.select(self._dim, 0), self.edges.select(self._dim, BINS)
-        sigma = SIGMA * (last - first) / BINS
-        inside = torch.maximum(torch.minimum(z, last), first)
-        cumulative = torch.erf((self.edges - inside.unsqueeze(self._dim)) / (math.sqrt(2) * sigma))
-        mass = cumulative.diff(dim=self._dim)
-        return mass / mass.sum(self._dim, keepdim=True)
+        per_deviation = BINS / (math.sqrt(2) * SIGMA * (last - first))
+        inside = torch.maximum(torch.minimum(z, last), first) * per_deviation
+        cumulative = torch.erf(self.edges * per_deviation - inside.unsqueeze(self._dim))
+        ends = cumulative.select(self._dim, BINS) - cumulative.select(self._dim, 0)  # what the masses sum to
+        return cumulative.diff(dim=self._dim) / ends.unsqueeze(self._dim)
 
     def time(self, time: Tensor) -> Tensor:
         """Cosines of ``time``, (m, B) or (1, 1), with features where a code has them."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast
 
 import numpy as np
@@ -48,6 +49,7 @@ class SoftActorCritic(ABC, Generic[L]):
         scaler: statistics that rewards are scaled by.
         action_dim: action dimensions.
         critic_group: the observation group that the critic reads.
+        target_noise: M of noise U[-M, M] in every target of the critic.
         seed: everything random is a function of it and of step counts.
         planned_updates: stretch the learning-rate cosine over this many critic updates (the published schedule);
             None: over the budget, by the fraction given to `update`.
@@ -69,6 +71,7 @@ class SoftActorCritic(ABC, Generic[L]):
         *,
         action_dim: int,
         critic_group: str,
+        target_noise: float,
         seed: int,
         planned_updates: int | None,
         device: torch.device | str,
@@ -82,6 +85,7 @@ class SoftActorCritic(ABC, Generic[L]):
         self.td_error: Tensor | None = None
         self.critic_group = critic_group
         self._planned_updates = planned_updates
+        self._target_noise = target_noise
         self._scaler = scaler
         self._reward_scale = torch.ones((), device=self.device)
         self._graphed = None if record is None else GraphedUpdate(record)
@@ -136,7 +140,16 @@ class SoftActorCritic(ABC, Generic[L]):
         actor_noise = noise(self.ACTOR_ROWS * rows) if self.actor_is_due else None
         critic = self.learner.critic
         of_critic = critic.noise(rows, self.action_dim, rng) if isinstance(critic, FlowCritic) else noise(rows)
-        return self.update_with(steps.inputs_of(batch, self.critic_group), actor_noise, of_critic, budget_used)
+        inputs = self._perturbed(steps.inputs_of(batch, self.critic_group))
+        return self.update_with(inputs, actor_noise, of_critic, budget_used)
+
+    def _perturbed(self, inputs: steps.Inputs) -> steps.Inputs:
+        """With noise in the targets, if any is asked for: the reward is a summand of every kind of critic's."""
+        if not self._target_noise:
+            return inputs
+        rng = seeding.generator(self.device, self.update_seed, "target noise", self.updates)
+        uniform = torch.rand(inputs.reward.shape, generator=rng, device=self.device)
+        return replace(inputs, reward=inputs.reward + self._target_noise * (2 * uniform - 1))
 
     @property
     def update_seed(self) -> int:

@@ -219,10 +219,25 @@ def td_losses(agent: Agent, inputs: Inputs) -> Tensor:
 
     A flow's is that of its velocities: what is distilled from it has no target of its own.
     """
-    critic = agent.learner.critic
-    target, _ = _targets(agent, inputs)
+    return losses_to(agent.learner.critic, inputs, outputs_target(agent, inputs))
+
+
+def outputs_target(agent: Agent, inputs: Inputs) -> Tensor:
+    """What the critic's outputs learn: probabilities (B, K) of a categorical one, else the TD target (B,)."""
+    return _targets(agent, inputs)[0]
+
+
+def losses_to(critic: nn.Module, inputs: Inputs, target: Tensor, number: int = 0) -> Tensor:
+    """Losses (B,) of a critic of a known kind, such as a copy, against `outputs_target`; mean over members.
+
+    Args:
+        critic: whose loss.
+        inputs: of which states and actions are read.
+        target: as `outputs_target` gives it.
+        number: of the draw of a flow's noise.
+    """
     if isinstance(critic, FlowCritic):
-        noise = flow_noise(critic, inputs)
+        noise = flow_noise(critic, inputs, number)
         field = critic.field.given(inputs.critic_observation, inputs.action, *kind_of(critic).modes)
         return critic.losses(field, noise.source, noise.time, target).mean(0)
     output = _output(critic, inputs.critic_observation, inputs.action)
@@ -253,9 +268,9 @@ def _next_field(target_critic: FlowCritic, inputs: Inputs, action: Tensor) -> Ve
     return target_critic.field.given(repeated, action.flatten(0, 1), False, noises=len(action))
 
 
-def flow_noise(critic: FlowCritic, inputs: Inputs) -> FlowNoise:
-    """Everything random of a flow's loss on ``inputs``, the same in every call."""
-    rng = seeding.generator(inputs.reward.device, 0, "noise of measurements", 0)
+def flow_noise(critic: FlowCritic, inputs: Inputs, number: int = 0) -> FlowNoise:
+    """Everything random of a flow's loss on ``inputs``, the same in every call with the same ``number``."""
+    rng = seeding.generator(inputs.reward.device, 0, "noise of measurements", number)
     return critic.noise(len(inputs.reward), inputs.action.shape[-1], rng)
 
 

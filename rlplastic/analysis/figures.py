@@ -60,6 +60,17 @@ INFORMATIVE = (
 )
 """Metrics of plasticity that come first, by the ends of their names."""
 MOST_METRICS = 12
+CRITICS = {
+    "error of the value": "Euler steps",
+    "recovery": "share of the steps by an old copy",
+    "error while the head alone learns": "updates",
+    "error while all layers learn": "updates",
+    "error after noise in targets": "size of the noise",
+    "curvature of the path": "t",
+}
+"""Panels of diagnosed critics by title: the horizontal axis."""
+LEARNING = {"head": "error while the head alone learns", "all layers": "error while all layers learn"}
+"""Titles of the panels of copies that learn, by the layers that do."""
 EVENTS = {
     "alarm": ("|", "alarm"),
     "probe": (".", "probe"),
@@ -175,6 +186,23 @@ def plasticity(arms: Sequence[Arm], colours: Colours) -> Figure | None:
         Line2D([], [], color=style.INK, marker=marker, linestyle="none", label=told) for told, marker in marks.items()
     ]
     _legend(figure, [arm for arm in arms if any(curves[id(run)][0] for run in arm.runs)], colours, explained)
+    return figure
+
+
+def critics(arms: Sequence[Arm], colours: Colours) -> Figure | None:
+    """What `rlplastic.diagnose` found critics' values and features worth; None if no run was diagnosed."""
+    curves = {id(run): _judged(run.critic) for arm in arms for run in arm.runs if run.critic}
+    titles = [title for title in CRITICS if any(title in found for found in curves.values())]
+    if not titles:
+        return None
+    figure, panels = _multiples(len(titles), "")
+    for panel, title in zip(panels, titles, strict=True):
+        for arm in arms:
+            found = [curves[id(run)] for run in arm.runs if id(run) in curves]
+            _draw(panel, [each[title] for each in found if title in each], colours[arm.label])
+        panel.xaxis.set_major_formatter("{x:.4g}")
+        panel.set(title=title, xlabel=CRITICS[title])
+    _legend(figure, [arm for arm in arms if any(run.critic for run in arm.runs)], colours)
     return figure
 
 
@@ -313,6 +341,22 @@ def _of_modules(values: Mapping[str, float]) -> dict[str, float]:
 def _importance(name: str) -> tuple[int, str]:
     place = next((i for i, metric in enumerate(INFORMATIVE) if name.endswith(metric)), len(INFORMATIVE))
     return place, name
+
+
+def _judged(critic: Mapping[str, Any]) -> dict[str, Curve]:
+    """A diagnosed critic's curves by the titles of their panels; what was not measured is left out."""
+    flow = critic["flow"] or {"recovery": (), "curvature": ()}
+    count, steps = len(critic["value_error"]), len(flow["curvature"])
+    curves = {
+        "error of the value": (range(1, count + 1), critic["value_error"]),
+        "recovery": (np.arange(steps + 1) / max(steps, 1), flow["recovery"]),
+        "error after noise in targets": (critic["magnitudes"], critic["noise"]),
+        "curvature of the path": (np.arange(steps) / max(steps, 1), flow["curvature"]),
+    }
+    for layers, title in LEARNING.items():
+        errors = critic["learning"].get(layers, ())
+        curves[title] = (np.arange(len(errors)) * critic["every"], errors)
+    return {title: (np.array(x, np.float64), np.array(y, np.float64)) for title, (x, y) in curves.items() if len(y)}
 
 
 def _mark(panel: Axes, run: Run, colour: str) -> None:

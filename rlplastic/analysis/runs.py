@@ -67,6 +67,8 @@ class Run:
     profile: Mapping[str, float] = field(default_factory=dict)
     """Seconds by section, of ``profile.json``; empty without."""
     finished: bool = False
+    critic: Mapping[str, Any] = field(default_factory=dict)
+    """What `rlplastic.diagnose` said of its critic, of ``diagnosis.json``; empty without."""
 
     @property
     def task(self) -> str:
@@ -171,6 +173,7 @@ def read_run(path: Path, warn: Warn) -> Run | None:
         records=_reading(path / "plasticity.jsonl", warn, _records) or (),
         profile=_reading(path / "profile.json", warn, _profile) or {},
         finished=_finished(path),
+        critic=_reading(path / "diagnosis.json", warn, _critic) or {},
     )
 
 
@@ -233,6 +236,11 @@ def _number(value: Any) -> float:  # noqa: ANN401 - JSON's
 def _profile(path: Path) -> dict[str, float]:
     sections = json.loads(path.read_text(encoding="utf-8"))["sections"]
     return {name: float(part["seconds"]) for name, part in sections.items()}
+
+
+def _critic(path: Path) -> dict[str, Any] | None:
+    found: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")).get("critic")
+    return found
 
 
 def _finished(path: Path) -> bool:

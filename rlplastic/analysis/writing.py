@@ -38,6 +38,11 @@ MEASURED = (
     "dotted: of fresh networks on the same states. Marks above a panel are the monitor's events; a vertical line is a "
     "change of the network. A probe ratio above 1 means: slower to learn than a fresh network."
 )
+JUDGED = (
+    "What the critics of diagnosed runs are worth (python -m rlplastic.diagnose run=…): mean absolute errors against "
+    "returns of the replay, in their standard deviations. Of flows: after each Euler step, and with the first ones "
+    "taken by an old copy. Of all kinds: while a copy learns the returns, and after updates with noise in the targets."
+)
 SPENT = "Where wall time went, all seeds together; of profile.json where every run has one, else of timing.csv."
 
 Maker = Callable[[Sequence[Arm], figures.Colours], Figure | None]
@@ -45,6 +50,7 @@ FIGURES: dict[str, tuple[str, str, Maker]] = {
     "curves": ("Learning curves", CURVES, figures.learning),
     "results": ("Final results", RESULTS, figures.outcome),
     "plasticity": ("Plasticity", MEASURED, figures.plasticity),
+    "critics": ("Critics", JUDGED, figures.critics),
     "training": ("Training", INSIDE, partial(figures.scalars, tags=figures.TRAINING)),
     "norms": ("Bounded norms", BOUNDS, partial(figures.scalars, tags=figures.NORMS)),
     "time": ("Time", SPENT, figures.time_spent),

@@ -26,12 +26,17 @@ from torch import Tensor, nn
 
 from rlplastic.errors import ConfigurationError
 from rlplastic.plasticity.activations import Layer
+from rlplastic.plasticity.patient import unbounded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Step = Callable[[Tensor, int], Tensor]
 """One Euler step: z after k steps, and k, to z after k + 1."""
+Perturb = Callable[[Tensor], Tensor]
+"""Rewards to noisy ones."""
+Curve = Tensor | Sequence[float]
+"""Numbers to draw one after the other."""
 
 
 @torch.no_grad()
@@ -69,7 +74,12 @@ def recovery(step: Step, old: Step, source: Tensor, steps: int, returns: Tensor)
 
 
 def feature_plasticity(
-    module: nn.Module, loss: Callable[[nn.Module, int], Tensor], trainable: Sequence[str], updates: int, rate: float
+    module: nn.Module,
+    loss: Callable[[nn.Module, int], Tensor],
+    trainable: Sequence[str],
+    updates: int,
+    rate: float,
+    bound: Callable[[nn.Module], Callable[[], None]] = unbounded,
 ) -> Tensor:
     """Losses of a copy of which only some layers learn on, (updates + 1,), float64; the module stays as it is.
 
@@ -78,9 +88,10 @@ def feature_plasticity(
     Args:
         module: to copy.
         loss: of the copy, for update number k; both kinds of critic must be given the same targets.
-        trainable: names of the modules that learn, such as the last hidden layer and the head.
+        trainable: names of the modules that learn, such as the last hidden layer and the head; "": all of it.
         updates: Adam steps.
         rate: their learning rate.
+        bound: makes of the copy what bounds its norms after every step, as `Patient.bound` does.
 
     Raises:
         ConfigurationError: the module has no parameters below one of the names.
@@ -89,27 +100,28 @@ def feature_plasticity(
     for parameter in learner.parameters():
         parameter.requires_grad_(False)
     for name in trainable:
-        own = [p for entry, p in learner.named_parameters() if f"{entry}.".startswith(f"{name}.")]
+        prefix = f"{name}." if name else ""
+        own = [p for entry, p in learner.named_parameters() if f"{entry}.".startswith(prefix)]
         if not own:
             raise ConfigurationError(f"no parameter lies below {name!r}; expected names of its modules")
         for parameter in own:
             parameter.requires_grad_(True)
     optimizer = torch.optim.Adam([p for p in learner.parameters() if p.requires_grad], lr=rate)
+    project = bound(learner)
     losses = []
     for index in range(updates):
         optimizer.zero_grad()
         value = loss(learner, index)
         value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        project()
         losses.append(value.detach())
     with torch.no_grad():
         losses.append(loss(learner, updates))
     return torch.stack(losses).double()
 
 
-def target_noise(
-    train: Callable[[Callable[[Tensor], Tensor]], float], magnitudes: Sequence[float], seed: int = 0
-) -> Tensor:
+def target_noise(train: Callable[[Perturb], float], magnitudes: Sequence[float], seed: int = 0) -> Tensor:
     """Error of a critic by the size M of noise U[-M, M] in its targets, (magnitudes,), float64.
 
     A reward is a summand of the target, so noise on rewards is noise on targets, for critics of any kind.
@@ -120,7 +132,7 @@ def target_noise(
         seed: of the noise, the same for all of them.
     """
 
-    def noisy(magnitude: float) -> Callable[[Tensor], Tensor]:
+    def noisy(magnitude: float) -> Perturb:
         rng = torch.Generator().manual_seed(seed)
 
         def perturb(reward: Tensor) -> Tensor:
@@ -170,13 +182,15 @@ class FlowReport:
     magnitudes: of the noise; norms: by layer, at times k/K for k = 0..K-1.
     """
 
-    value_errors: Tensor | None = None
-    recovery: Tensor | None = None
-    plasticity: Mapping[str, Tensor] | None = None
-    noise: Mapping[str, Tensor] | None = None
+    value_errors: Curve | None = None
+    recovery: Curve | None = None
+    plasticity: Mapping[str, Curve] | None = None
+    noise: Mapping[str, Curve] | None = None
     magnitudes: Sequence[float] = ()
-    norms: Mapping[str, Tensor] | None = None
-    curvature: Tensor | None = None
+    norms: Mapping[str, Curve] | None = None
+    curvature: Curve | None = None
+    every: int = 1
+    """Updates between two losses of ``plasticity``."""
 
 
 def figure(report: FlowReport) -> Figure:
@@ -202,7 +216,7 @@ def figure(report: FlowReport) -> Figure:
     return drawn
 
 
-Lines = dict[str, tuple[Sequence[float], Tensor]]
+Lines = dict[str, tuple[Sequence[float], Curve]]
 """x and y of each, by name."""
 Panel = tuple[str, str, str, Lines]
 """Title, labels of the axes, and lines by name."""
@@ -218,8 +232,11 @@ def _panels(report: FlowReport) -> list[Panel]:
     if errors:
         panels.append(("recovery", "k", "error of the value", errors))
     if report.plasticity is not None:
-        losses: Lines = {name: (range(len(curve)), curve) for name, curve in report.plasticity.items()}
-        panels.append(("features frozen", "update of the head", "loss", losses))
+        losses: Lines = {
+            name: (range(0, len(curve) * report.every, report.every), curve)
+            for name, curve in report.plasticity.items()
+        }
+        panels.append(("features frozen", "update of the head", "loss or error", losses))
     if report.noise is not None:
         costs: Lines = {name: (report.magnitudes, curve) for name, curve in report.noise.items()}
         panels.append(("noise in targets", "M", "error of the value", costs))
@@ -231,6 +248,6 @@ def _panels(report: FlowReport) -> list[Panel]:
     return panels
 
 
-def _times(values: Tensor) -> Sequence[float]:
+def _times(values: Curve) -> Sequence[float]:
     """k/K for k = 0..K-1."""
     return [index / len(values) for index in range(len(values))]

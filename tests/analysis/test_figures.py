@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,37 @@ def colours_of(arms: list[Arm]) -> Mapping[str, Mapping[str, Any]]:
 
 def lines(panel: Axes) -> list[tuple[Floats, Floats]]:
     return [(np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)) for line in panel.lines]
+
+
+def diagnosed(seed: int, kind: str) -> dict[str, Any]:
+    """A document as `rlplastic.diagnose` writes it, with numbers that tell the seeds apart."""
+    flow = {"recovery": [1.0 + seed, 2.0, 3.0], "curvature": [0.0, 0.5]} if kind == "flow" else None
+    learning = {"head": [3.0, 2.0 + seed, None], "all layers": [3.0, 1.0, 0.5]}
+    critic = {"kind": kind, "value_error": [4.0, 1.0 + seed] if flow else [2.0], "learning": learning, "every": 10}
+    return {"critic": critic | {"magnitudes": [0.0, 2.0], "noise": [1.0, 5.0], "flow": flow}}
+
+
+def test_diagnosed_critics_have_panels_of_what_was_measured(tmp_path: Path) -> None:
+    for seed, kind in ((0, "flow"), (1, "flow"), (2, "scalar"), (3, "scalar")):
+        path = made_run(tmp_path / f"{kind}{seed}", seed=seed, settings={"critic.kind": kind})
+        if seed < 3:  # one run was not diagnosed
+            (path / "diagnosis.json").write_text(json.dumps(diagnosed(seed, kind)))
+    arms = arms_of([run for path in tmp_path.iterdir() if (run := read_run(path, refuse))], refuse)
+    figure = figures.critics(arms, colours_of(arms))
+    assert figure is not None
+    panels = {panel.get_title(): panel for panel in figure.axes}
+    assert list(panels) == list(figures.CRITICS)
+    mean = lines(panels["recovery"])[-1]
+    np.testing.assert_allclose(mean, ([0, 0.5, 1], [1.5, 2, 3]))
+    np.testing.assert_allclose(lines(panels["curvature of the path"])[-1][0], [0, 0.5])
+    learning = lines(panels["error while the head alone learns"])
+    assert any(np.array_equal(x, [0, 10, 20]) and np.isnan(y[2]) for x, y in learning)
+    assert any(np.array_equal(y, [2.0]) for _, y in lines(panels["error of the value"])), "the scalar critic's"
+
+
+def test_runs_that_nobody_diagnosed_have_no_panel_of_critics(tmp_path: Path) -> None:
+    arms = arms_with(tmp_path)
+    assert figures.critics(arms, colours_of(arms)) is None
 
 
 def test_curves_are_the_interquartile_mean_its_interval_and_every_seed(tmp_path: Path) -> None:

@@ -90,8 +90,30 @@ def test_a_head_on_frozen_features_gets_to_the_least_squares_loss_and_no_further
     assert float(found[-1]) == pytest.approx(float(residual[0]) / 40, rel=1e-3)
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     assert all(parameter.requires_grad for parameter in net.parameters())
+    every = diagnostics.feature_plasticity(net, loss, [""], updates=1500, rate=0.02)
+    assert float(every[-1]) < 0.9 * float(found[-1]), "all layers together can say more than frozen features"
     with pytest.raises(ConfigurationError, match="no parameter lies below '1'"):
         diagnostics.feature_plasticity(net, loss, ["1"], 1, 0.1)
+
+
+def test_a_copys_norms_are_bounded_after_every_step() -> None:
+    net = nn.Linear(3, 2)
+    seen = []
+
+    def unit_rows(module: nn.Module):
+        def project() -> None:
+            with torch.no_grad():
+                module.weight.div_(module.weight.norm(dim=1, keepdim=True))
+
+        return project
+
+    def loss(network: nn.Module, index: int) -> Tensor:
+        seen.append(network.weight.detach().norm(dim=1))
+        return network(torch.ones(1, 3)).square().sum()
+
+    diagnostics.feature_plasticity(net, loss, [""], 3, 0.1, unit_rows)
+    assert len(seen) == 4
+    torch.testing.assert_close(torch.stack(seen[1:]), torch.ones(3, 2))
 
 
 def test_noise_in_targets_is_uniform_and_costs_a_mean_its_variance() -> None:

@@ -97,6 +97,7 @@ class FlashSAC(SoftActorCritic[update.Learner]):
             RewardScaler(num_envs, agent.gamma, support, bool(agent.reward_scaling), group),
             action_dim=action_dim,
             critic_group=critic_group,
+            target_noise=critic.target_noise,
             seed=seed,
             planned_updates=planned_updates,
             device=device,

@@ -85,6 +85,7 @@ class SAC(SoftActorCritic[steps.Learner]):
             RewardScaler(num_envs, agent.gamma, value.support, bool(agent.reward_scaling), group),
             action_dim=action_dim,
             critic_group=critic_group,
+            target_noise=critic.target_noise,
             seed=seed,
             planned_updates=planned_updates,
             device=device,
