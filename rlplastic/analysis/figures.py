@@ -56,7 +56,7 @@ NORMS = {
 """Scalars of norm-bounded agents."""
 INFORMATIVE = (
     *("probe_ratio", "held_out_td_error", "effective_rank", "dormant", "dead", "duplicates", "gradient_dormant"),
-    *("angular_speed", "weight_norm", "distance_from_init", "batch_norm_lag", "logit_entropy", "value_bias"),
+    *("angular_speed", "weight_norm", "distance_from_init", "batch_norm_lag", "logit_entropy", "value_bias", "churn"),
 )
 """Metrics of plasticity that come first, by the ends of their names."""
 MOST_METRICS = 12
