@@ -19,7 +19,7 @@ from matplotlib.transforms import blended_transform_factory
 
 from rlplastic.analysis import style
 from rlplastic.analysis.arms import Arm
-from rlplastic.analysis.runs import Run
+from rlplastic.analysis.runs import CHANGES, Run
 from rlplastic.analysis.statistics import (
     Curve,
     Floats,
@@ -68,9 +68,7 @@ EVENTS = {
     "taken_back": ("^", "taken back"),
     "dropped": ("x", "branch dropped"),
 }
-"""The monitor's events that are marked above a panel: marker and name."""
-CHANGES = ("committed", "scheduled", "taken_back")
-"""Those that changed the network: a line through the panel, too."""
+"""The monitor's events that are marked above a panel: marker and name; of `CHANGES` a line through it, too."""
 SPENT = {
     "update": ("updating networks", "#0b4f7d"),
     "learn": ("learning", "#0b4f7d"),
