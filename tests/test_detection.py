@@ -202,6 +202,7 @@ def test_the_page_tells_cases_delays_and_rules(
     assert (tmp_path / "detection.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_network_that_memorises_at_a_high_rate_falls_ill_and_a_new_one_does_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -83,7 +83,8 @@ def draw(tasks: dict[str, dict[str, list[Run]]], path: Path) -> None:
                 _lines(panel, [trace for trace in of_panel if trace[0]], arm, f"C{index}")
         panels[0, column].set(title=task, ylabel="updates per transition", yscale="log")
         panels[1, column].set(xlabel="environment transitions", ylabel="fraction of active units")
-        panels[0, column].legend(fontsize="small")
+        if panels[0, column].get_legend_handles_labels()[0]:
+            panels[0, column].legend(fontsize="small")
     figure.savefig(path, dpi=120)
 
 
