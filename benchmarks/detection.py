@@ -40,6 +40,9 @@ RULES = Rules()
 SCREENED = ("weight_factor", "rank_factor", "dormant")
 """Metrics beside the probe: weight norm and last layer's effective rank over those of a fresh critic, and a share."""
 
+RATIOS = (0.25, 0.5, 1, 2, 4, 8)
+"""Ticks of the picture."""
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -388,6 +391,8 @@ def draw(judged: Sequence[tuple[Moment, bool]], path: Path) -> None:
         xscale="log",
         title="ill: right of, and above the lines",
     )
+    right.minorticks_off()
+    right.set_xticks(RATIOS, [f"{ratio:g}" for ratio in RATIOS])
     right.legend(fontsize="small")
     figure.savefig(path, dpi=120)
 
