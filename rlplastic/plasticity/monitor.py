@@ -45,8 +45,8 @@ SCREENS: dict[str, Screen] = {
     "effective_rank": Screen(low_is_ill=True, fresh=0.18, own=0.4),
     "weight_norm": Screen(low_is_ill=False, fresh=3.0, own=3.0),
 }
-"""By metric; calibrated on `benchmarks/illnesses`. Healthy critics kept 0.2 of a fresh network's rank and more. Ill ones
-had 3.1 times its weights and more, healthy ones up to 5 times: a false alarm costs a probe, a missed one the run."""
+"""By metric; calibrated on `benchmarks/illnesses`. Healthy critics kept 0.2 of a fresh network's rank and more. Ill
+ones had 3.1 times its weights and more, healthy ones up to 5: a false alarm costs a probe, a missed one the run."""
 
 
 @dataclass(frozen=True)
