@@ -349,7 +349,7 @@ class MonitorConfig:
     probe_functions: int = 3
     """Random functions of a probe."""
     ill: float = 1.5
-    """A network is ill if its probe is this many times a fresh network's: ordinary runs measured up to 1, ill ones 3."""
+    """A network is ill if its probe is this many times a fresh network's: healthy runs measured up to 1, ill ones 3."""
     ill_gap: float = 0.1
     """And if its area under the loss curve is larger by this share of the targets' variance, for of two small areas the
     ratio says nothing: ill networks measured 0.15 and more, FlashSAC's 0.06 at 2.2, a solved Pendulum's 0.16 at 2.9."""
