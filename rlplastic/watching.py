@@ -39,6 +39,7 @@ from rlplastic.plasticity.interventions import full_reset
 from rlplastic.plasticity.monitor import Evidence, Rules
 from rlplastic.plasticity.patient import Patient
 from rlplastic.plasticity.ranks import effective_rank
+from rlplastic.plasticity.representation import relative_churn, value_bias
 from rlplastic.replay import ReplayRing, Sampler
 from rlplastic.replay.sample import Batch
 
@@ -150,6 +151,8 @@ class Watcher:
         self._common: Common | None = None
         self._before: dict[str, Tensor] | None = None
         self._probe_batch: Inputs | None = None
+        self._said: dict[str, Tensor] = {}
+        self._said_at = 0
         self._norms: dict[str, float] = {}
         self._initial = self._weights()
         self._previous, self._previous_at = self._initial, agent.updates
@@ -170,6 +173,9 @@ class Watcher:
         if self._branch is not None:
             self._branch.update(batch, budget_used)
         self._monitor.after_update(self.agent.updates)
+        # Churn is that of the last updates before a reading, as many as move both networks.
+        if (self.agent.updates + self.config.agent.actor_every) % self._monitor.rules.forward_every == 0:
+            self._said, self._said_at = self._say(), self.agent.updates
 
     def episodes_ended(self, returns: NDArray[Any]) -> None:
         """Training episodes that ended in the last vector step, (episodes,)."""
@@ -203,6 +209,8 @@ class Watcher:
             fresh = self._fresh_norms(inputs)
             kept, _ = self._measure(self.agent, self._probe_batch, tier)
             told |= {name.replace("plasticity/", "plasticity/frozen/", 1): value for name, value in kept.items()}
+            told |= self._churn()
+            record["churn_over"] = updates - self._said_at if self._said else None
             outside = self._held_out(inputs, updates)
             told |= outside
             record["held_out_td_error"] = "measured" if outside else self._unavailable
@@ -268,10 +276,34 @@ class Watcher:
     def _held_out(self, trained: Inputs, updates: int) -> dict[str, float]:
         if not self._held_out_rows:
             return {}
-        error = held_out_td_error(self.agent, self._draw(updates, held_out=True), trained)
+        held_out = self._draw(updates, held_out=True)
+        error = held_out_td_error(self.agent, held_out, trained)
+        returns = td_targets(self.agent, self._draw(updates, self._horizon, held_out=True))
+        bias = value_bias(self._values(held_out), returns)
         return {
             "plasticity/critic/all/held_out_td_error": error.held_out,
             "plasticity/critic/all/held_out_td_gap": error.gap,
+            "plasticity/critic/all/value_bias": float(bias.mean()),
+        }
+
+    @torch.no_grad()
+    def _values(self, inputs: Inputs) -> Tensor:
+        """Q of every member, (members, rows)."""
+        return values(self.agent, inputs.critic_observation, inputs.action)
+
+    @torch.no_grad()
+    def _say(self) -> dict[str, Tensor]:
+        """What both networks say of the batch that stays, (..., rows, outputs); nothing before there is one."""
+        batch = self._probe_batch
+        if batch is None:
+            return {}
+        return {"actor": policy_mean(self.agent, batch.observation), "critic": self._values(batch).unsqueeze(-1)}
+
+    def _churn(self) -> dict[str, float]:
+        """How much the last updates before this reading moved them, in units of their spread."""
+        now = self._say() if self._said else {}
+        return {
+            f"plasticity/{name}/all/churn": float(relative_churn(self._said[name], now[name]).mean()) for name in now
         }
 
     def _draw(self, updates: int, n_step: int | None = None, held_out: bool = False) -> Inputs:
@@ -365,6 +397,7 @@ class Watcher:
         self.edited()
         self._initial = self._previous = self._weights()
         self._previous_at = self.agent.updates
+        self._said = {}  # what an edit moves is no churn
 
     def tell(self, event: Mapping[str, Any], sentence: str) -> None:
         """Record a decision with its evidence."""
@@ -384,6 +417,7 @@ class Watcher:
         if self._probe_batch is not None:
             names = [entry.name for entry in fields(Inputs) if entry.name != "weight"]
             tensors |= {f"probe_batch.{name}": getattr(self._probe_batch, name) for name in names}
+        tensors |= {f"said.{name}": value for name, value in self._said.items()}
         if self._branch is not None:
             assert self._common is not None
             tensors |= {f"branch.{name}": value for name, value in self._branch.learned_state().items()}
@@ -396,6 +430,7 @@ class Watcher:
             "monitor": self._monitor.state_dict(),
             "planned_updates": self.planned_updates,
             "previous_at": self._previous_at,
+            "said_at": self._said_at,
             "source": self._common.source if self._common is not None else None,
         }
         plain: dict[str, Any] = _plain(document)
@@ -412,6 +447,7 @@ class Watcher:
         self._previous_at = document["previous_at"]
         batch = part(tensors, "probe_batch.")
         self._probe_batch = Inputs(**batch) if batch else None
+        self._said, self._said_at = part(tensors, "said."), document.get("said_at", 0)
         self._before = part(tensors, "before.") or None
         learned = part(tensors, "branch.")
         if learned:

@@ -47,6 +47,14 @@ def test_a_sweep_over_tasks_has_a_section_for_each_and_one_for_all(made: Path) -
     assert page.count("<svg ") == len(expected)
 
 
+def test_dips_are_columns_where_something_changed_and_nowhere_else(made: Path, tmp_path: Path) -> None:
+    page, rows = (made / "index.html").read_text(), json.loads((made / "results.json").read_text())["arms"]
+    assert "switches, interventions" in page and {row["changes"] for row in rows} == {1.0}
+    made_run(tmp_path / "run")
+    report.main([f"runs={tmp_path / 'run'}", f"out={tmp_path / 'plain'}"])
+    assert "switches, interventions" not in (tmp_path / "plain" / "index.html").read_text()
+
+
 @pytest.mark.slow
 def test_the_same_runs_give_the_same_files(sweep: Path, made: Path, tmp_path: Path) -> None:
     again = written(sweep, tmp_path / "report")

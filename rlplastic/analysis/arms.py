@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rlplastic.analysis.adaptation import dips
 from rlplastic.analysis.runs import Run, Warn
 from rlplastic.analysis.statistics import Floats, bootstrap_interval, curve_area, interquartile_mean, mean
 from rlplastic.command_line import within
@@ -58,6 +59,8 @@ class Row(NamedTuple):
 
     Returns are those of every seed's newest evaluation; intervals are 95 % bootstrap intervals over seeds; the area is
     that under the evaluation curve over transitions, divided by its length; counters and times are means over seeds.
+    Dips are those of the evaluation curve after switches and interventions (`rlplastic.analysis.adaptation`), means
+    over all; ``recovered`` is the share that came back to the level before, ``recovery_steps`` the mean time of these.
     """
 
     task: str
@@ -73,6 +76,11 @@ class Row(NamedTuple):
     area_mean: float
     area_low: float
     area_high: float
+    changes: float
+    dip_depth: float
+    dip_area: float
+    recovered: float
+    recovery_steps: float
     steps: float
     updates: float
     train_seconds: float
@@ -117,9 +125,21 @@ def row_of(arm: Arm) -> Row:
             figures += [float(statistic(values, 0)), float(low), float(high)]
         else:
             figures += [math.nan] * 3
+    figures += _dips(arm)
     runs = arm.runs
     means = [float(np.mean([getattr(run, name) for run in runs])) for name in Row._fields[-4:]]
     return Row(arm.task, arm.label, len(runs), sum(run.finished for run in runs), *figures, *means)
+
+
+def _dips(arm: Arm) -> list[float]:
+    """`Row.changes` to `Row.recovery_steps`."""
+    found = [dip for run in arm.evaluated for dip in dips(run.curve("step"), run.changes)]
+    if not found:
+        return [0.0, *[math.nan] * 4]
+    times = [dip.recovery for dip in found if math.isfinite(dip.recovery)]
+    depth, area = (float(np.mean([getattr(dip, name) for dip in found])) for name in ("depth", "area"))
+    recovery = float(np.mean(times)) if times else math.nan
+    return [len(found) / len(arm.evaluated), depth, area, len(times) / len(found), recovery]
 
 
 def normalised(arms: Sequence[Arm]) -> dict[str, list[Floats]]:

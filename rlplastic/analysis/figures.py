@@ -19,7 +19,7 @@ from matplotlib.transforms import blended_transform_factory
 
 from rlplastic.analysis import style
 from rlplastic.analysis.arms import Arm
-from rlplastic.analysis.runs import Run
+from rlplastic.analysis.runs import CHANGES, Run
 from rlplastic.analysis.statistics import (
     Curve,
     Floats,
@@ -56,7 +56,7 @@ NORMS = {
 """Scalars of norm-bounded agents."""
 INFORMATIVE = (
     *("probe_ratio", "held_out_td_error", "effective_rank", "dormant", "dead", "duplicates", "gradient_dormant"),
-    *("angular_speed", "weight_norm", "distance_from_init", "batch_norm_lag", "logit_entropy", "value_bias"),
+    *("angular_speed", "weight_norm", "distance_from_init", "batch_norm_lag", "logit_entropy", "value_bias", "churn"),
 )
 """Metrics of plasticity that come first, by the ends of their names."""
 MOST_METRICS = 12
@@ -79,9 +79,7 @@ EVENTS = {
     "taken_back": ("^", "taken back"),
     "dropped": ("x", "branch dropped"),
 }
-"""The monitor's events that are marked above a panel: marker and name."""
-CHANGES = ("committed", "scheduled", "taken_back")
-"""Those that changed the network: a line through the panel, too."""
+"""The monitor's events that are marked above a panel: marker and name; of `CHANGES` a line through it, too."""
 SPENT = {
     "update": ("updating networks", "#0b4f7d"),
     "learn": ("learning", "#0b4f7d"),

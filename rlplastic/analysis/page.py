@@ -14,6 +14,14 @@ from rlplastic.analysis.arms import Arm, Row, differences
 MOST_EVENTS = 200
 """Rows of a table of the monitor's events."""
 
+DIPS = {
+    "changes": "switches, interventions",
+    "dip": "depth",
+    "dip area": "return × transitions",
+    "recovery": "transitions (share)",
+}
+"""Columns of runs with switches or interventions."""
+
 
 class Picture(NamedTuple):
     """A figure on the page: a heading, its SVG element, and how to read it."""
@@ -72,6 +80,7 @@ def page(rows: Sequence[Row], sections: Sequence[Section], colours: Mapping[str,
 
 def results_table(rows: Sequence[Row], colours: Mapping[str, Mapping[str, str]]) -> str:
     """The summary: a row per arm, sortable by a click on a heading."""
+    changed = any(row.changes for row in rows)
     heads = {
         "task": "",
         "arm": "",
@@ -79,6 +88,7 @@ def results_table(rows: Sequence[Row], colours: Mapping[str, Mapping[str, str]])
         "final return": "mean [95 % interval]",
         "interquartile mean": "[95 % interval]",
         "area under the curve": "mean [95 % interval]",
+        **(DIPS if changed else {}),
         "transitions": "",
         "updates": "",
         "training time": "",
@@ -95,6 +105,7 @@ def results_table(rows: Sequence[Row], colours: Mapping[str, Mapping[str, str]])
             _interval(row.return_mean, row.return_low, row.return_high),
             _interval(row.return_iqm, row.iqm_low, row.iqm_high),
             _interval(row.area_mean, row.area_low, row.area_high),
+            *(_dip_cells(row) if changed else ()),
             Cell(f"{row.steps:,.0f}", row.steps),
             Cell(f"{row.updates:,.0f}", row.updates),
             Cell(duration(row.train_seconds), row.train_seconds),
@@ -131,6 +142,17 @@ def _interval(middle: float, low: float, high: float) -> Cell:
     return Cell(number(middle) + spread, middle)
 
 
+def _dip_cells(row: Row) -> tuple[Cell, ...]:
+    """What switches and interventions cost, in the order of `DIPS`."""
+    time = f"{number(row.recovery_steps)} <small>({row.recovered:.0%})</small>" if row.changes else "–"
+    return (
+        Cell(number(row.changes), row.changes),
+        Cell(number(row.dip_depth), row.dip_depth),
+        Cell(number(row.dip_area), row.dip_area),
+        Cell(time, row.recovery_steps),
+    )
+
+
 def _count(number_of: int, what: str) -> str:
     return f"{number_of} {what}{'' if number_of == 1 else 's'}"
 
@@ -142,6 +164,12 @@ def _explanation(rows: Sequence[Row]) -> str:
         "the evaluation curve is divided by its length; counters and times are means over seeds.",
         "Intervals are 95 % stratified-bootstrap intervals over seeds (arXiv 2108.13264).",
     ]
+    if any(row.changes for row in rows):
+        sentences.append(
+            "A dip is how far, and how long, evaluations fell below the mean of the last three before a switch of the "
+            "task or an intervention of the monitor, until the next; recovery is the time until the first that is as "
+            "good again, of the share of dips that have one."
+        )
     if few < 5:
         sentences.append("With fewer than five seeds they are narrower than they should be; a single seed has none.")
     return f'<p class="note">{" ".join(sentences)}</p>'

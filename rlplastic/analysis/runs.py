@@ -32,6 +32,8 @@ AXES = {"step": "environment transitions", "updates": "gradient updates", "secon
 EVALUATION = ("step", "updates", "return_mean")
 TIMING = ("attempt", "step", "updates", "wall_seconds", "train_seconds")
 """Columns that a report cannot do without."""
+CHANGES = ("committed", "scheduled", "taken_back")
+"""Events of the monitor that changed the network."""
 MOVED_ASIDE = re.compile(r"\.old-\d+$")
 """Names of runs that ``fresh=true`` replaced."""
 
@@ -117,6 +119,13 @@ class Run:
             kept |= (attempt == number) & (step < bound)
             bound = min(bound, step[attempt == number].min())
         return np.append(0.0, step[kept]), np.append(0.0, self.timings["train_seconds"][kept])
+
+    @property
+    def changes(self) -> list[int]:
+        """Transitions at which the task was switched, or the monitor changed a network."""
+        every = self.config.get("env.switch_every")
+        switches = range(int(every), self.steps, int(every)) if every else range(0)
+        return sorted({*switches, *(record.step for record in self.records if record.event in CHANGES)})
 
     def curve(self, axis: str) -> Curve:
         """Evaluation returns over one of `AXES`."""

@@ -35,6 +35,22 @@ def churn(before: Tensor, after: Tensor) -> Tensor:
     return moved.mean(-1)
 
 
+def relative_churn(before: Tensor, after: Tensor) -> Tensor:
+    """`churn` in units of the outputs' spread over the states, sqrt(E ||f(x) - E f||^2): comparable between tasks.
+
+    Args:
+        before: (..., rows, outputs), as for `churn`.
+        after: the same states later.
+
+    Returns:
+        (...): 0.01 means that outputs moved by 1 % of their spread; not finite where all states had the same output.
+
+    Raises:
+        ConfigurationError: the shapes differ.
+    """
+    return churn(before, after) / wide(before).var(-2, correction=0).sum(-1).sqrt()
+
+
 def batch_norm_lag(running_mean: Tensor, inputs: Tensor, eps: float = 1e-5) -> Tensor:
     """|running mean - batch mean| / batch standard deviation, mean over units.
 

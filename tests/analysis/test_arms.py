@@ -101,7 +101,21 @@ def test_results_are_what_numpy_and_scipy_make_of_the_runs(tmp_path: Path) -> No
     for values, low, high in ((curves[:, -1], row.return_low, row.return_high), (areas, row.area_low, row.area_high)):
         wanted = stats.bootstrap((values,), np.mean, n_resamples=9999, method="percentile", rng=1).confidence_interval
         assert (low, high) == pytest.approx(tuple(wanted), abs=0.06)
+    assert (row.changes, math.isnan(row.dip_depth)) == (0, True)
     assert (row.steps, row.updates, row.train_seconds, row.wall_seconds) == (4000, 2000, 40, pytest.approx(4000 / 90))
+
+
+def test_switches_and_interventions_cost_what_evaluations_lost_after_them(tmp_path: Path) -> None:
+    """Evaluated at 1000, 2000, 3000 and 4000: a switch at 3000, and in the first run a commit at 1500."""
+    committed = [{"event": "committed", "step": 1500, "updates": 750, "sentence": "done"}]
+    switched = {"env.switch_every": 3000}
+    made_run(tmp_path / "0", seed=0, settings=switched, returns=(10.0, 4.0, 1.0, 9.0), records=committed)
+    made_run(tmp_path / "1", seed=1, settings=switched, returns=(10.0, 20.0, 30.0, 40.0))
+    row = row_of(arms_in(tmp_path)[0])
+    # run 0: 10 to 4 (not recovered before 3000), then 4 to 1 (recovered at 4000); run 1: no dip, recovered at once
+    assert (row.changes, row.dip_depth, row.recovered) == (1.5, pytest.approx((6 + 3 + 0) / 3), pytest.approx(2 / 3))
+    assert row.dip_area == pytest.approx((500 * 6 + 3 * 1000 * 3 / 8 / 2) / 3)
+    assert row.recovery_steps == 500
 
 
 def test_a_single_run_has_results_and_no_interval(tmp_path: Path) -> None:

@@ -31,6 +31,17 @@ def test_churn_of_a_known_step_of_a_linear_model() -> None:
         assert rep.churn(after, model(x)) == pytest.approx(float(x[:, 0].abs().mean()), rel=1e-5)
 
 
+def test_relative_churn_does_not_depend_on_the_scale_of_outputs() -> None:
+    before, moved = normal(3, 50, 2), normal(3, 50, 2, seed=2)
+    spread = torch.stack([torch.trace(torch.cov(member.double().T, correction=0)) for member in before]).sqrt()
+    expected = rep.churn(before, moved) / spread
+    for scale in (1.0, 1000.0):
+        torch.testing.assert_close(
+            rep.relative_churn(scale * before + 3, scale * moved + 3), expected, rtol=1e-4, atol=0
+        )
+    assert not rep.relative_churn(torch.ones(5, 1), torch.zeros(5, 1)).isfinite()
+
+
 def test_churn_of_a_policy_is_the_length_of_the_change() -> None:
     before = torch.zeros(2, 4, 2)
     after = before + torch.tensor([3.0, 4.0])
