@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from rlplastic import errors
@@ -217,13 +218,13 @@ def joined(device: str, timeout: float) -> Iterator[Group]:
     dist.destroy_process_group()  # after an error the others may be gone, and waiting for them would hide it
 
 
-def meet(store: dist.Store, rank: int, size: int, timeout: float) -> dist.Store:
+def meet(store: Store, rank: int, size: int, timeout: float) -> Store:
     """The corner of ``store`` that belongs to the ranks of this start alone.
 
-    torchrun keeps its store when it restarts ranks, and in it where the dead ones listened. How often it restarted them
-    does not tell starts apart: every machine counts for itself, and not what another machine's rank began. But all ranks
-    of a start are dead before one of the next begins. So each leaves a name that none had before it, and the first
-    answers whatever names lie there, those of the dead too, until each rank has come by its answer.
+    torchrun keeps its store when it restarts ranks, and in it where the dead ones listened. How often it restarted
+    them does not tell starts apart: every machine counts the ends of its own ranks. But all ranks of a start are dead
+    before one of the next begins. So each leaves a name that nobody had before, and the first answers whatever names
+    lie there, those of the dead too, until each rank has come by its answer.
 
     Raises:
         RuntimeError: a rank did not come within ``timeout`` seconds.
@@ -231,10 +232,10 @@ def meet(store: dist.Store, rank: int, size: int, timeout: float) -> dist.Store:
     name = uuid.uuid4().hex
     if rank:
         store.set(f"rank {rank}", name)
-        corner = dist.PrefixStore(store.get(f"answer to {name}").decode(), store)  # type: ignore[attr-defined]
+        corner = PrefixStore(store.get(f"answer to {name}").decode(), store)
         corner.set(f"rank {rank}", "")
         return corner
-    corner = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
+    corner = PrefixStore(name, store)
     limit = time.monotonic() + timeout
     for other in range(1, size):
         while not corner.check([f"rank {other}"]):

@@ -66,7 +66,7 @@ def torchrun(
     before: Sequence[str] = (),
     variables: dict[str, str] | None = None,
 ) -> Job:
-    """Start a training named ``run`` in ``folder``; ``before`` is a command that starts another, such as ``ip netns exec``."""
+    """Start a training named ``run`` in ``folder``; ``before`` is a command that starts it, as ``ip netns exec``."""
     chosen = {override.partition("=")[0] for override in overrides}
     plain = [override for override in RUN if override.partition("=")[0] not in chosen]
     where = () if any(flag.startswith("--nnodes") for flag in flags) else ("--standalone",)

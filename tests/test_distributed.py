@@ -8,15 +8,19 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import Threads, on_ranks, succeed
 
 from rlplastic.composition import compose
 from rlplastic.config import Config
-from rlplastic.distributed import ALONE, Bucket, Group, joined, restarts, share_of
+from rlplastic.distributed import ALONE, Bucket, Group, joined, meet, restarts, share_of
 from rlplastic.errors import CheckpointWriteError, ConfigurationError, DistributedError
 from rlplastic.presets import probe_machine, resolve
 
@@ -129,6 +133,40 @@ def test_a_restart_and_the_ranks_of_a_machine_are_known_from_torchruns_variables
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2 * cores))
     assert restarts() == 1 and probe_machine("cpu").cores == 1
+
+
+def start_in(store: dist.Store, delays: dict[int, float]) -> dict[int, list[str]]:
+    """What each of some of three ranks hears from all three in the corner where they meet; nothing of those that don't.
+
+    ``delays`` are the seconds that each rank of this start waits before it begins.
+    """
+    heard: dict[int, list[str]] = {}
+
+    def begin(rank: int) -> None:
+        time.sleep(delays[rank])
+        try:
+            corner = meet(store, rank, 3, 1.0)
+            corner.set(f"from {rank}", f"{rank} of {delays}")
+            heard[rank] = [corner.get(f"from {other}").decode() for other in range(3)]
+        except RuntimeError:
+            pass
+
+    threads = [threading.Thread(target=begin, args=(rank,)) for rank in delays]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return heard
+
+
+def test_ranks_of_one_start_meet_whatever_dead_ranks_left_in_the_store() -> None:
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=0.3))
+    for dead in ((0, 1), (1, 2), (2,), (0, 2)):
+        assert start_in(store, dict.fromkeys(dead, 0.0)) == {}
+    for delays in ({0: 0.0, 1: 0.0, 2: 0.0}, {0: 0.0, 1: 0.1, 2: 0.2}, {0: 0.2, 1: 0.1, 2: 0.0}):
+        everybody = [f"{rank} of {delays}" for rank in range(3)]
+        assert start_in(store, delays) == dict.fromkeys(range(3), everybody)
 
 
 GLOO = """
