@@ -15,7 +15,7 @@ from pathlib import Path
 from small_runs import SMALL, final_state
 
 RUN = [*SMALL, "name=run", "distributed.timeout=60"]
-PATIENCE = 240.0
+PATIENCE = 900.0
 """Seconds that a busy machine may take."""
 
 

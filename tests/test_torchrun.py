@@ -18,7 +18,7 @@ from started_ranks import RUN, Job, process_of_rank, runs, states, step_of, torc
 from rlplastic import diagnose_run
 
 KILLS = 10
-LONG = "env_steps=2000"
+LONG = "env_steps=1000"
 """What lasts for some kills."""
 TELLING = """
 import hashlib, sys
@@ -138,7 +138,7 @@ def test_ten_kills_of_random_ranks_at_random_moments_change_nothing_if_the_comma
         assert is_beginning(tmp_path, long_reference)
         assert job.process.returncode in ((0, 1) if "checkpoint: " in output else (1,)), output
     committed = step_of(tmp_path)
-    assert committed == 2000 or resumed_from(trained(tmp_path, LONG)) == [committed] * (committed > 0)
+    assert committed == 1000 or resumed_from(trained(tmp_path, LONG)) == [committed] * (committed > 0)
     assert states(tmp_path) == long_reference
 
 
