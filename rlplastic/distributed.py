@@ -12,6 +12,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from rlplastic import errors
@@ -32,6 +35,7 @@ Reduce = Callable[[list[Tensor]], list[Tensor]]
 """From one rank's tensors to their means over all ranks, dense, in the same order; valid until it is called again."""
 ALIGNMENT = 4
 """Elements of float32 at whose multiples a tensor begins in a bucket: 16 bytes, the widest load of a GPU."""
+POLL_SECONDS = 0.02
 
 
 def dense(tensors: list[Tensor]) -> list[Tensor]:
@@ -207,12 +211,39 @@ def joined(device: str, timeout: float) -> Iterator[Group]:
     limit = timedelta(seconds=timeout)
     with group._waiting():
         store, rank, _ = next(rendezvous("env://", timeout=limit))
-        # torchrun keeps its store when it restarts ranks, and in it where the dead ones listened.
-        fresh = dist.PrefixStore(f"attempt {restarts()}", store)  # type: ignore[attr-defined]
+        corner = meet(store, rank, size, timeout)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        dist.init_process_group(backend, store=fresh, rank=rank, world_size=size, timeout=limit)
+        dist.init_process_group(backend, store=corner, rank=rank, world_size=size, timeout=limit)
     yield group
     dist.destroy_process_group()  # after an error the others may be gone, and waiting for them would hide it
+
+
+def meet(store: Store, rank: int, size: int, timeout: float) -> Store:
+    """The corner of ``store`` that belongs to the ranks of this start alone.
+
+    torchrun keeps its store when it restarts ranks, and in it where the dead ones listened. How often it restarted
+    them does not tell starts apart: every machine counts the ends of its own ranks. But all ranks of a start are dead
+    before one of the next begins. So each leaves a name that nobody had before, and the first answers whatever names
+    lie there, those of the dead too, until each rank has come by its answer.
+
+    Raises:
+        RuntimeError: a rank did not come within ``timeout`` seconds.
+    """
+    name = uuid.uuid4().hex
+    if rank:
+        store.set(f"rank {rank}", name)
+        corner = PrefixStore(store.get(f"answer to {name}").decode(), store)
+        corner.set(f"rank {rank}", "")
+        return corner
+    corner = PrefixStore(name, store)
+    limit = time.monotonic() + timeout
+    for other in range(1, size):
+        while not corner.check([f"rank {other}"]):
+            if time.monotonic() > limit:
+                raise RuntimeError(f"rank {other} did not come")
+            store.set(f"answer to {store.get(f'rank {other}').decode()}", name)
+            time.sleep(POLL_SECONDS)
+    return corner
 
 
 def world_size() -> int:
@@ -226,7 +257,7 @@ def local_ranks() -> int:
 
 
 def restarts() -> int:
-    """How often `torchrun --max-restarts` has started all ranks anew after one died."""
+    """How often `torchrun --max-restarts` has started all ranks anew after one of this machine died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 

@@ -47,7 +47,7 @@ def train(session: Session, reporter: Reporter | Follower) -> None:
                 raise Interrupted(
                     f"interrupted at step {session.progress.transitions} and saved; rerun {again} to resume"
                 )
-        if reporter.unlogged:
+        if session.group.total(reporter.unlogged):  # the first rank knows
             reporter.log()
         # The final evaluation takes a while: a run killed meanwhile must not lose its last stretch.
         save_or_warn(reporter)

@@ -110,11 +110,11 @@ class Reporter:
 
     def _episodes(self) -> dict[str, float]:
         """Returns and lengths of the training episodes that ended since the last log; nothing without any."""
-        episodes = self.session.episodes.pop_finished()
-        if not len(episodes.returns):
+        returns, lengths = self.session.finished_episodes()
+        if not returns:
             return {}
-        self._recent.extend(episodes.returns.tolist())
-        return {"train/return": float(episodes.returns.mean()), "train/length": float(episodes.lengths.mean())}
+        self._recent.extend(returns)
+        return {"train/return": float(np.mean(returns)), "train/length": float(np.mean(lengths))}
 
     def _state(self, learned: bool) -> dict[str, float]:
         """Where the learner, the replay and the budget stand."""
@@ -230,8 +230,9 @@ class Follower:
         self.session, self.view = session, view
 
     def log(self) -> None:
-        """Begin new means and times where the first rank does, and stop where it does at a NaN."""
+        """Begin new means and times where the first rank does, give it episodes, and stop where it does at a NaN."""
         self.session.guard.check_means(self.session.metrics.pop())
+        self.session.finished_episodes()
         self.session.watch.pop()
 
     def tell_findings(self) -> None:

@@ -128,6 +128,12 @@ class Session:
         if self.group.size > 1:
             self.group.require_equal(checksums(self.agent.modules), f"at step {self.progress.transitions}")
 
+    def finished_episodes(self) -> tuple[list[float], list[int]]:
+        """Returns and lengths of the training episodes of all ranks that ended since the last call."""
+        mine = self.episodes.pop_finished()
+        of_all = self.group.exchange([mine.returns.tolist(), mine.lengths.tolist()])
+        return [x for returns, _ in of_all for x in returns], [x for _, lengths in of_all for x in lengths]
+
     # Environments
 
     @property
@@ -290,6 +296,8 @@ class Session:
         self._segments, self._saved_actions = tuple(segments), len(self.actions)
         if loaded.redealt:
             self._segments = ()  # they lie with other columns
+            if self.group.rank:
+                self.episodes.pop_finished()  # the first rank's, which it logs itself
             tell("this resume is not exact: another number of ranks wrote the checkpoint; fresh episodes are started")
             self.rebuild()
             return "its columns dealt out anew, fresh episodes"

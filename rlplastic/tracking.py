@@ -42,7 +42,7 @@ SECTIONS = {
 """What a run spends its time on; the fractions of these sections add up to 1."""
 
 SCALARS: dict[str, str] = {
-    "train/return": "Mean undiscounted return of the training episodes that ended lately, exploration included.",
+    "train/return": "Mean undiscounted return of all ranks' training episodes that ended lately, exploration included.",
     "train/length": "Mean length of those episodes, in environment steps.",
     "train/budget_used": "Used fraction of the budget that is nearer to its end.",
     "train/replay_ratio": "Gradient updates per environment transition that the run is paced at.",

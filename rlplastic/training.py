@@ -100,7 +100,8 @@ def train_agent(
 
 def _open(asked: Config, name: str, config: Config, ignore: Sequence[str], group: Group) -> RunDirectory:
     """The run directory on the first rank, and a folder of its own in it on every other; each is locked."""
-    fresh = asked.fresh and not restarts()  # a restart goes on with what the first start began
+    restarted = any(count for (count,) in group.numbers([restarts()]))  # each machine counts its own ranks' ends
+    fresh = asked.fresh and not restarted  # a restart goes on with what the first start began
     whole = partial(RunDirectory.open, asked.runs, name, asdict(config), fresh, ignore)
     mine = partial(RunDirectory.open, Path(asked.runs) / name, f"rank_{group.rank}", asdict(config), False, ignore)
     first = group.attempt(whole, group.rank == 0)

@@ -8,18 +8,27 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
+from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import Threads, on_ranks, succeed
 
 from rlplastic.composition import compose
 from rlplastic.config import Config
-from rlplastic.distributed import ALONE, Bucket, Group, joined, restarts, share_of
+from rlplastic.distributed import ALONE, Bucket, Group, joined, meet, restarts, share_of
+from rlplastic.envs.base import AutoresetMode, Step
+from rlplastic.envs.episodes import EpisodeStatistics
 from rlplastic.errors import CheckpointWriteError, ConfigurationError, DistributedError
 from rlplastic.machine import probe_machine
 from rlplastic.presets import resolve
+from rlplastic.session import Session
 
 
 def resolved(*overrides: str) -> Config:
@@ -130,6 +139,63 @@ def test_a_restart_and_the_ranks_of_a_machine_are_known_from_torchruns_variables
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2 * cores))
     assert restarts() == 1 and probe_machine("cpu").cores == 1
+
+
+def test_training_returns_are_those_of_the_episodes_of_all_ranks_each_told_once() -> None:
+    """Environment e of six ends an episode of e + 1 steps, each of reward e, again and again."""
+    lengths = np.arange(1, 7)
+
+    def follow(group: Threads) -> list[Any]:
+        mine = slice(2 * group.rank, 2 * group.rank + 2)
+        session: Any = SimpleNamespace(episodes=EpisodeStatistics(2, AutoresetMode.SAME_STEP), group=group)
+        told = []
+        for t in range(1, 21):
+            done = t % lengths[mine] == 0
+            step = Step({}, (lengths[mine] - 1).astype(np.float32), done, np.zeros(2, bool), {})
+            session.episodes.observe(step)
+            if t % 10 == 0:
+                told.append(Session.finished_episodes(session))
+        return told
+
+    for told in succeed(3, follow):
+        for number, (returns, counted) in enumerate(told):
+            ended = [int(n) for n in lengths for t in range(10 * number + 1, 10 * number + 11) if t % n == 0]
+            assert sorted(counted) == sorted(ended)
+            assert sorted(returns) == sorted(n * (n - 1.0) for n in ended)
+
+
+def start_in(store: dist.Store, delays: dict[int, float]) -> dict[int, list[str]]:
+    """What each of some of three ranks hears from all three in the corner where they meet; nothing of those that don't.
+
+    ``delays`` are the seconds that each rank of this start waits before it begins.
+    """
+    heard: dict[int, list[str]] = {}
+
+    def begin(rank: int) -> None:
+        time.sleep(delays[rank])
+        try:
+            corner = meet(store, rank, 3, 1.0)
+            corner.set(f"from {rank}", f"{rank} of {delays}")
+            heard[rank] = [corner.get(f"from {other}").decode() for other in range(3)]
+        except RuntimeError:
+            pass
+
+    threads = [threading.Thread(target=begin, args=(rank,)) for rank in delays]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return heard
+
+
+def test_ranks_of_one_start_meet_whatever_dead_ranks_left_in_the_store() -> None:
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=0.3))
+    for dead in ((0, 1), (1, 2), (2,), (0, 2)):
+        assert start_in(store, dict.fromkeys(dead, 0.0)) == {}
+    for delays in ({0: 0.0, 1: 0.0, 2: 0.0}, {0: 0.0, 1: 0.1, 2: 0.2}, {0: 0.2, 1: 0.1, 2: 0.0}):
+        everybody = [f"{rank} of {delays}" for rank in range(3)]
+        assert start_in(store, delays) == dict.fromkeys(range(3), everybody)
 
 
 GLOO = """

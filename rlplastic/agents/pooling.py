@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from rlplastic.agents.layers import BatchNorm, Recorded
 from rlplastic.distributed import Bucket, Group, Reduce, dense
+from rlplastic.kernels.batch_norm import widened
 
 
 def reduction(group: Group, bn_sync: str, *modules: nn.Module) -> Reduce:
@@ -111,7 +112,7 @@ def normalise_over_ranks(
     Returns:
         The result (..., dim, B), and mean and biased variance of all rows.
     """
-    wide = x.float() if x.dtype == torch.bfloat16 else x
+    wide = widened(x)
     mean: Tensor = _Average.apply(wide.mean(-1), average)  # type: ignore[no-untyped-call]
     centred = wide - mean.unsqueeze(-1)
     variance: Tensor = _Average.apply(centred.square().mean(-1), average)  # type: ignore[no-untyped-call]

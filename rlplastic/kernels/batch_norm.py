@@ -19,13 +19,14 @@ from rlplastic.errors import ConfigurationError
 from rlplastic.kernels.relu import step
 
 
-def _wide(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
+    """``x`` in at least float32."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _active(wide: Tensor, scale: Tensor, shift: Tensor, gradient: Tensor, relu: bool) -> Tensor:
     """The gradient before the ReLU; with a comparison, 2 x 1024 x 1024 took 33 ms both ways, and 1.75 without."""
-    gradient = _wide(gradient)
+    gradient = widened(gradient)
     if not relu:
         return gradient
     return gradient * step(wide * scale.unsqueeze(-1) + shift.unsqueeze(-1))
@@ -57,7 +58,7 @@ class _Normalise(torch.autograd.Function):
         relu: bool,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wide = _wide(x)
+        wide = widened(x)
         mean = wide.mean(-1)
         variance = (wide - mean.unsqueeze(-1)).square().mean(-1)
         inverse = torch.rsqrt(variance + eps)
@@ -78,7 +79,7 @@ class _Normalise(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, gamma, mean, inverse, scale, shift = ctx.saved_tensors
         inputs = (gradient, x, gamma)
-        wide = _wide(x)
+        wide = widened(x)
         gradient = _active(wide, scale, shift, gradient, ctx.relu)
         normalised = (wide - mean.unsqueeze(-1)) * inverse.unsqueeze(-1)
         to_beta = gradient.sum(-1)
@@ -107,13 +108,13 @@ class _Affine(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, scale, shift)
         ctx.relu = relu
-        y = _wide(x) * scale.unsqueeze(-1) + shift.unsqueeze(-1)
+        y = widened(x) * scale.unsqueeze(-1) + shift.unsqueeze(-1)
         return (y.relu() if relu else y).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         x, scale, shift = ctx.saved_tensors
-        wide = _wide(x)
+        wide = widened(x)
         gradient = _active(wide, scale, shift, gradient, ctx.relu)
         to_x = (scale.unsqueeze(-1) * gradient).sum_to_size(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
         to_scale = (gradient * wide).sum(-1) if ctx.needs_input_grad[1] else None

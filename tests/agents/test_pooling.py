@@ -185,6 +185,24 @@ def test_normalising_over_ranks_equals_normalising_the_whole_batch_forward_and_b
         torch.testing.assert_close(sum(part[index] for part in parts), whole[index])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_stored_in_half_precision_is_normalised_over_ranks_in_float32(dtype: torch.dtype) -> None:
+    """Numbers around 300, whose squares float16 cannot hold."""
+    x = (torch.randn(4, 30, generator=torch.Generator().manual_seed(0)) * 100 + 300).to(dtype)
+    ones, zeros = torch.ones(4), torch.zeros(4)
+    y, mean, variance = normalise(x, ones, zeros, 1e-5, False, dtype)
+
+    def part(group: Threads) -> tuple[torch.Tensor, ...]:
+        rows = slice(group.rank * 15, group.rank * 15 + 15)
+        return normalise_over_ranks(group.average, x[:, rows], ones, zeros, 1e-5, False, dtype)
+
+    first, second = succeed(2, part)
+    assert first[0].dtype == dtype and first[1].dtype == torch.float32
+    torch.testing.assert_close(torch.cat((first[0], second[0]), -1), y)
+    for moments in (first, second):
+        torch.testing.assert_close(moments[1:], (mean, variance))
+
+
 def test_scalar_metrics_are_means_over_ranks_and_the_temperature_follows_the_common_entropy() -> None:
     def update(group: Threads) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         agent = agent_of("sac", group)
