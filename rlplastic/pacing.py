@@ -17,11 +17,12 @@ from torch import Tensor
 from rlplastic import seeding
 from rlplastic.agents import subjects
 from rlplastic.agents.steps import Inputs
-from rlplastic.config import ADAPTIVE, AdaptiveConfig, Config
+from rlplastic.config import Config
 from rlplastic.errors import ConfigurationError, nearest
 from rlplastic.plasticity import Past, gradient_dormancy, measure, snapshot, uninformative
 from rlplastic.plasticity.measure import MODULE
 from rlplastic.plasticity.replay_ratio import SIGNALS, ContinuousRule, Decision, PlateauRule, Rule
+from rlplastic.plasticity_config import ADAPTIVE, AdaptiveConfig
 from rlplastic.progress import Progress, ReplayRatio
 from rlplastic.replay import ReplayRing, Sampler
 

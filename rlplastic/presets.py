@@ -14,13 +14,14 @@ from typing import Any
 from rlplastic import pacing
 from rlplastic.agents import AGENTS
 from rlplastic.agents.base import Setting
-from rlplastic.config import ADAPTIVE, VARIANTS, Config
+from rlplastic.config import VARIANTS, Config
 from rlplastic.distributed import world_size
 from rlplastic.errors import ConfigurationError, nearest
 from rlplastic.kernels import dispatch
 from rlplastic.machine import Machine
 from rlplastic.plasticity.interventions import INTERVENTIONS
 from rlplastic.plasticity.replay_ratio import SIGNALS
+from rlplastic.plasticity_config import ADAPTIVE
 from rlplastic.writers import services
 
 DEFAULT_MINUTES = 10.0

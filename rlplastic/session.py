@@ -26,7 +26,7 @@ from rlplastic.agents.patients import readable
 from rlplastic.agents.sac import SAC
 from rlplastic.checkpoint import CheckpointStore, Loaded, SegmentReference
 from rlplastic.command_line import first_line
-from rlplastic.config import ADAPTIVE, Config
+from rlplastic.config import Config
 from rlplastic.distributed import ALONE, Group, share_of
 from rlplastic.envs import make_envs
 from rlplastic.envs.base import Observation, Step, VectorEnv, on_host, step
@@ -35,6 +35,7 @@ from rlplastic.errors import CheckpointError, ConfigurationError, NonFiniteError
 from rlplastic.evaluation import Evaluation
 from rlplastic.guards import Guard
 from rlplastic.pacing import Pacer
+from rlplastic.plasticity_config import ADAPTIVE
 from rlplastic.progress import Budget, MetricMeans, Progress, ReplayRatio, Stopwatch
 from rlplastic.replay import Holdout, Prioritisation, ReplayRing, Sampler
 from rlplastic.replay.memory import available_memory
@@ -50,8 +51,6 @@ TIME_LIMITS_BETWEEN_REBUILDS = 20
 DEFAULT_TIME_LIMIT = 1000
 COMPILED_UPDATES = 2
 """Updates of a process that compile: the first with an actor step and the first without."""
-
-
 Actions: TypeAlias = NDArray[np.float32] | Tensor
 """(N, A), as the environments take them."""
 

@@ -32,7 +32,7 @@ from rlplastic.agents.subjects import (
     td_targets,
     values,
 )
-from rlplastic.config import Config, MonitorConfig
+from rlplastic.config import Config
 from rlplastic.plasticity import Past, measure, snapshot, uninformative
 from rlplastic.plasticity.decision_loop import PlasticityMonitor
 from rlplastic.plasticity.interventions import full_reset
@@ -40,6 +40,7 @@ from rlplastic.plasticity.monitor import Evidence, Rules
 from rlplastic.plasticity.patient import Patient
 from rlplastic.plasticity.ranks import effective_rank
 from rlplastic.plasticity.representation import relative_churn, value_bias
+from rlplastic.plasticity_config import MonitorConfig
 from rlplastic.replay import ReplayRing, Sampler
 from rlplastic.replay.sample import Batch
 

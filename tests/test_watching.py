@@ -18,10 +18,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rlplastic import train_agent
 from rlplastic.composition import compose
-from rlplastic.config import Config, MonitorConfig
+from rlplastic.config import Config
 from rlplastic.errors import ConfigurationError
 from rlplastic.machine import probe_machine
 from rlplastic.plasticity.monitor import Rules
+from rlplastic.plasticity_config import MonitorConfig
 from rlplastic.presets import resolve
 from rlplastic.session import planned_updates
 from rlplastic.watching import rules_of, schedule_of

@@ -50,7 +50,7 @@ ones had 3.1 times its weights and more, healthy ones up to 5: a false alarm cos
 
 @dataclass(frozen=True)
 class Rules:
-    """What the monitor goes by; `rlplastic.config.MonitorConfig` says each in a sentence. Cadences are in updates."""
+    """What the monitor goes by; `rlplastic.plasticity_config` says each in a sentence. Cadences are in updates."""
 
     forward_every: int = 1_000
     ranks_every: int = 10_000
