@@ -34,7 +34,8 @@ from rlplastic.agents.flashsac import FlashSAC
 from rlplastic.agents.sac import SAC
 from rlplastic.agents.subjects import values
 from rlplastic.composition import compose
-from rlplastic.presets import probe_machine, resolve
+from rlplastic.machine import probe_machine
+from rlplastic.presets import resolve
 from rlplastic.replay.sample import Batch
 
 STATES, FEATURES, GAMMA, LARGEST = 24, 8, 0.9, 4.0

@@ -17,7 +17,8 @@ from torch import Tensor
 from rlplastic.agents import make_agent
 from rlplastic.agents.flow import Encoding
 from rlplastic.composition import compose
-from rlplastic.presets import probe_machine, resolve
+from rlplastic.machine import probe_machine
+from rlplastic.presets import resolve
 from rlplastic.replay.sample import Batch
 
 OBSERVATIONS, ACTIONS, ROWS, UPDATES = 11, 3, 128, 100

@@ -12,7 +12,8 @@ from rlplastic import acceleration
 from rlplastic.agents.graphs import cuda_graph
 from rlplastic.composition import compose
 from rlplastic.errors import ConfigurationError
-from rlplastic.presets import probe_machine, resolve
+from rlplastic.machine import probe_machine
+from rlplastic.presets import resolve
 
 
 def loss(network: nn.Module, x: Tensor) -> Tensor:

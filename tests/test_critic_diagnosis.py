@@ -23,7 +23,8 @@ from rlplastic.config import Config
 from rlplastic.critic_diagnosis import EVERY, CriticReport, Truth, last_layers, truth_of, value_errors
 from rlplastic.diagnosis import diagnose_run
 from rlplastic.envs.base import AutoresetMode, Step
-from rlplastic.presets import probe_machine, resolve
+from rlplastic.machine import probe_machine
+from rlplastic.presets import resolve
 from rlplastic.replay import ReplayRing
 
 ROWS, UPDATES = 48, 20

@@ -21,7 +21,8 @@ from rlplastic.agents.subjects import policy_mean, values
 from rlplastic.checkpoint import CheckpointStore
 from rlplastic.composition import compose
 from rlplastic.loop import advance
-from rlplastic.presets import probe_machine, resolve
+from rlplastic.machine import probe_machine
+from rlplastic.presets import resolve
 from rlplastic.run_directory import RunDirectory
 from rlplastic.session import Session, build
 

@@ -11,7 +11,8 @@ from types import ModuleType
 import pytest
 
 from rlplastic.composition import compose
-from rlplastic.presets import Machine, resolve
+from rlplastic.machine import Machine
+from rlplastic.presets import resolve
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "tuning"
 
