@@ -39,10 +39,10 @@ def imported(statement: str, before: str = "") -> tuple[float, set[str]]:
         ("import rlplastic", set()),
         ("import rlplastic.train", set()),
         ("import rlplastic.deploy", {"numpy"}),
-        ("import rlplastic.play", {"numpy", *COMMAND_LINE}),
+        ("import rlplastic.play", {"numpy", "typing_extensions", *COMMAND_LINE}),
         ("import rlplastic.evaluate, rlplastic.export, rlplastic.report, rlplastic.bench", COMMAND_LINE),
         ("import rlplastic.diagnose", COMMAND_LINE),
-        ("from rlplastic.train_help import train_help; train_help()", {"numpy", *COMMAND_LINE}),
+        ("from rlplastic.train_help import train_help; train_help()", {"numpy", "typing_extensions", *COMMAND_LINE}),
     ],
 )
 def test_an_import_brings_along_no_more_than_it_uses(statement: str, allowed: set[str]) -> None:

@@ -25,7 +25,7 @@ Archives = tuple[list[str], list[str]]
 """Names in the sdist and in the wheel built from it."""
 
 LAYERS = (
-    {"errors", "seeding", "config", "distributed", "command_line", "usage", "deploy"},
+    {"errors", "seeding", "config", "plasticity_config", "distributed", "command_line", "usage", "deploy"},
     {"kernels"},
     {"agents", "envs", "replay", "plasticity"},
     set(),  # the services around the loop: every module that is named nowhere else

@@ -11,8 +11,8 @@ import onnxruntime
 import pytest
 import torch
 from exports import flashsac_actor, rows, sac_actor
+from torch import nn
 
-from rlplastic.agents import Actor
 from rlplastic.deploy.document import (
     Action,
     AffineMap,
@@ -34,7 +34,7 @@ ACTORS = {
 }
 
 
-def outputs(actor: Actor, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def outputs(actor: nn.Module, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return run(fold(actor), BOX, x)
 
 
@@ -46,13 +46,13 @@ def run(policy: Folded, box: AffineMap, x: np.ndarray) -> tuple[np.ndarray, np.n
     return actions, raw
 
 
-def exact(actor: Actor, x: np.ndarray) -> np.ndarray:
+def exact(actor: nn.Module, x: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         return np.tanh(copy.deepcopy(actor).double()(torch.from_numpy(x).double())[0].numpy())
 
 
 @pytest.mark.parametrize("actor", ACTORS.values(), ids=ACTORS)
-def test_graph_equals_the_actor_and_maps_to_the_box(actor: Actor) -> None:
+def test_graph_equals_the_actor_and_maps_to_the_box(actor: nn.Module) -> None:
     x = rows(200, 5) * 4
     actions, raw = outputs(actor, x)
     expected = exact(actor, x)
@@ -74,7 +74,7 @@ def test_inputs_that_never_varied_lose_no_digits() -> None:
 
 @pytest.mark.parametrize("actor", ACTORS.values(), ids=ACTORS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_number_that_is_not_finite_gives_nan_in_its_row_only(value: float, actor: Actor) -> None:
+def test_a_number_that_is_not_finite_gives_nan_in_its_row_only(value: float, actor: nn.Module) -> None:
     x = rows(3, 5)
     x[1, 2] = value
     for output in outputs(actor, x):

@@ -16,6 +16,7 @@ from rlplastic import seeding
 from rlplastic.agents import steps
 from rlplastic.agents.adam import Adam
 from rlplastic.agents.exploration import gaussian_noise, uniform_actions
+from rlplastic.agents.graphs import Record
 from rlplastic.agents.heads import Scalar
 from rlplastic.agents.pooling import reduction
 from rlplastic.agents.sac.networks import Critic
@@ -43,11 +44,13 @@ class TD3Config(AgentConfig):
     """Where that noise is cut off."""
 
 
-def make(config: Config, num_envs: int, planned_updates: int | None, **common: Any) -> TD3:  # noqa: ANN401
+def make(config: Config, num_envs: int, planned_updates: int | None, record: Record | None, **common: Any) -> TD3:
     """What `agent=td3` builds from a resolved configuration and what `rlplastic.agents.make_agent` hands to all."""
     assert isinstance(config.agent, TD3Config)
     if config.critic.kind != "scalar" or config.agent.reward_scaling:
         raise ConfigurationError("agent=td3 learns plain values; leave critic=… and agent.reward_scaling out")
+    if record is not None:
+        raise ConfigurationError("agent=td3 records no graphs; expected cuda_graphs=false")
     return TD3(config.agent, config.critic.num_members, **common)
 
 
