@@ -145,7 +145,7 @@ def test_a_run_tells_tensorboard_its_configuration_once_also_when_it_was_interru
     start = events.SummaryMetadata(SESSION_START_INFO_TAG).plugin_data.content
     told = parse_session_start_info_plugin_data(start).hparams
     assert told["agent.critic_width"].number_value == 8 and told["env.task"].string_value == "Pendulum-v1"
-    assert not {"runs", "name", "tracking.every"} & set(told)
+    assert not {"runs", "name", "tracking.every", "env_steps", "max_minutes"} & set(told)
     (text,) = events.Tensors("configuration/text_summary")
     assert (tmp_path / "run" / "config.yaml").read_bytes() in text.tensor_proto.string_val[0]
 

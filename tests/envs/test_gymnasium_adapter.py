@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import gymnasium
@@ -457,14 +456,12 @@ def test_a_process_that_never_ends_is_ended(
         envs.send(np.zeros((2, envs.action_dim), np.float32))
     else:
         envs._env.set_attr("fault", "never ends")
-    began = monotonic()
     with pytest.raises(EnvironmentContractError, match=r"still busy 0\.5 s after it was to end"):
         envs.close()
     envs.close()
-    assert monotonic() - began < 30
     for worker in envs._workers:
         worker.join(10)
-        assert worker.exitcode is not None
+        assert worker.exitcode == -signal.SIGKILL
 
 
 def test_a_constructor_that_raises_is_named_with_its_line(faulty: Callable[..., GymnasiumEnv]) -> None:
