@@ -58,9 +58,10 @@ def main(runs: str = "runs", *overrides: str) -> float:
     from rlplastic.envs.checker import main as check
 
     check(["env=gymnasium", "task=own_environment:Docking-v0"])
-    task = ["env=gymnasium", "env.task=own_environment:Docking-v0", "agent=sac", "agent.critic_width=64"]
-    run = ["env_steps=4000", "name=docking", f"runs={runs}"]
-    result = rlplastic.train_agent([*task, *run, *overrides])
+    task = ["env=gymnasium", "env.task=own_environment:Docking-v0", "agent=sac"]
+    sizes = ["agent.critic_width=64", "agent.actor_width=64", "replay.batch_size=64"]
+    run = ["env_steps=3000", "name=docking", f"runs={runs}"]
+    result = rlplastic.train_agent([*task, *sizes, *run, *overrides])
     assert result.evaluation is not None
     return result.evaluation.mean
 
