@@ -330,9 +330,7 @@ NOT_NEGATIVE = (
     "monitor.value_margin",
     "monitor.rank_margin",
     "monitor.return_margin",
-    "critic.target_noise",
-    "priming_updates",
-    "evaluation.every",
+    *("priming_updates", "critic.target_noise", "evaluation.every"),
     "seed",
 )
 MOST = {
