@@ -3,8 +3,8 @@
     python benchmarks/flow_chain.py benchmarks/flow_chain [--seeds 3]
 
 A ring of 16 states with 8 random features each: with probability 0.95 one goes on by a state, else anywhere. Rewards
-are redrawn in every phase, so that targets keep changing; values V = (I - gamma P)^-1 r are scaled to at most 4. A phase
-has `DATA` transitions, which come one by one into an empty replay, and a critic does R updates after each of them. Its
+are redrawn in every phase, so that targets keep changing; values V = (I - gamma P)^-1 r are scaled to at most 4. A
+phase has `DATA` transitions, which come one by one into an empty replay, and a critic does R updates after each. Its
 error at the end of a phase is the root mean square of Q - V over all states, divided by that of V. What a critic lost
 of its plasticity is the error of the later phases over that of the first. No critic knows more than its data: the error
 of the exact solution of the chain that was seen is told beside theirs. Critics are the agents' own (plain: SAC's;
