@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from rlplastic.agents.sac import SAC
 from rlplastic.command_line import run_verb
 from rlplastic.composition import compose
 from rlplastic.config import Config
-from rlplastic.critic_diagnosis import EVERY, CriticReport, Truth, last_layers, truth_of, value_errors
+from rlplastic.critic_diagnosis import EVERY, CriticReport, Truth, diagnose_critic, last_layers, truth_of, value_errors
 from rlplastic.diagnosis import diagnose_run
 from rlplastic.envs.base import AutoresetMode, Step
 from rlplastic.machine import probe_machine
@@ -135,37 +137,47 @@ def test_last_layers_are_the_last_hidden_one_with_its_norms_and_the_head(
 
 # Runs
 
+Runs = Callable[[str], Path]
+FLOWS = pytest.mark.parametrize("name", ["flow", pytest.param("bounded", marks=pytest.mark.slow)])
+KINDS = pytest.mark.parametrize(
+    "name", ["flow", "scalar", *(pytest.param(name, marks=pytest.mark.slow) for name in ("categorical", "bounded"))]
+)
+
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of every kind of critic, each with two checkpoints."""
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Makes, once, a run with two checkpoints of a kind of critic: plain SAC's, or FlashSAC's bounded flow."""
     folder = tmp_path_factory.mktemp("runs")
-    short = [*SMALL, "env_steps=500", "evaluation.every=0", f"runs={folder}"]
-    for name, critic in CRITICS.items():
-        train_agent([*short, f"name={name}", "agent=sac", *critic], quiet=True)
-    train_agent([*short, "name=bounded", "agent=flashsac", *CRITICS["flow"]], quiet=True)
-    return folder
 
+    @functools.cache
+    def make(name: str) -> Path:
+        short = [*SMALL, "env_steps=500", "evaluation.every=0", f"runs={folder}", f"name={name}"]
+        agent = "flashsac" if name == "bounded" else "sac"
+        train_agent([*short, f"agent={agent}", *CRITICS.get(name, CRITICS["flow"])], quiet=True)
+        return folder / name
 
-def reported(path: Path) -> CriticReport:
-    report = diagnose_run(path, rows=ROWS, probe_steps=UPDATES)
-    assert report.critic is not None
-    return report.critic
+    return make
 
 
 @pytest.fixture(scope="module")
-def reports(runs: Path) -> dict[str, CriticReport]:
-    return {name: reported(runs / name) for name in (*CRITICS, "bounded")}
+def reported(trained: Runs) -> Callable[[str], CriticReport]:
+    @functools.cache
+    def report(name: str) -> CriticReport:
+        found = diagnose_run(trained(name), rows=ROWS, probe_steps=UPDATES).critic
+        assert found is not None
+        return found
+
+    return report
 
 
-@pytest.mark.parametrize("name", ["flow", "bounded"])
+@FLOWS
 def test_a_flows_steps_are_read_and_the_oldest_checkpoint_is_the_old_copy(
-    runs: Path, reports: dict[str, CriticReport], name: str
+    trained: Runs, reported: Callable[[str], CriticReport], name: str
 ) -> None:
-    found = reports[name]
+    found = reported(name)
     flow = found.flow
     assert found.kind == "flow" and flow is not None and len(found.value_error) == 2
-    oldest = min((runs / name / "checkpoints").glob("step_*"))
+    oldest = min((trained(name) / "checkpoints").glob("step_*"))
     assert flow.old_step == int(oldest.name.split("_")[1])
     assert len(flow.recovery) == 3 and flow.recovery[0] == pytest.approx(found.value_error[-1], rel=1e-6)
     assert flow.recovery[-1] != flow.recovery[0]
@@ -174,9 +186,11 @@ def test_a_flows_steps_are_read_and_the_oldest_checkpoint_is_the_old_copy(
     assert list(flow.norms)[-1] == ("post_norm" if name == "bounded" else "trunk.3")
 
 
-@pytest.mark.parametrize("name", ["flow", "categorical", "scalar", "bounded"])
-def test_critics_of_every_kind_are_asked_what_makes_sense_for_them(reports: dict[str, CriticReport], name: str) -> None:
-    found = reports[name]
+@KINDS
+def test_critics_of_every_kind_are_asked_what_makes_sense_for_them(
+    reported: Callable[[str], CriticReport], name: str
+) -> None:
+    found = reported(name)
     assert (found.flow is None) == (name in ("categorical", "scalar"))
     assert set(found.learning) == {"head", "all layers"}
     for errors in found.learning.values():
@@ -186,15 +200,17 @@ def test_critics_of_every_kind_are_asked_what_makes_sense_for_them(reports: dict
     assert len(found.noise) == len(found.magnitudes) and len(set(found.noise)) == len(found.noise)
 
 
-def test_the_same_question_has_the_same_answer(runs: Path, reports: dict[str, CriticReport]) -> None:
-    assert reported(runs / "flow") == reports["flow"]
+@pytest.mark.slow
+def test_the_same_question_has_the_same_answer(trained: Runs, reported: Callable[[str], CriticReport]) -> None:
+    assert diagnose_run(trained("flow"), rows=ROWS, probe_steps=UPDATES).critic == reported("flow")
 
 
-def test_nothing_learns_where_no_updates_are_asked_for(runs: Path) -> None:
-    critic = diagnose_run(runs / "scalar", rows=ROWS, probe_steps=0).critic
+def test_nothing_learns_where_no_updates_are_asked_for(trained: Runs) -> None:
+    critic = diagnose_run(trained("scalar"), rows=ROWS, probe_steps=0).critic
     assert critic is not None and not critic.learning and not critic.noise and critic.value_error
 
 
+@pytest.mark.slow
 def test_without_an_earlier_checkpoint_there_is_no_recovery_and_the_reason_is_told(tmp_path: Path) -> None:
     short = [*SMALL, "env_steps=300", "evaluation.every=0", "checkpoint.keep=1", f"runs={tmp_path}", "name=run"]
     train_agent([*short, "agent=sac", *CRITICS["flow"]], quiet=True)
@@ -205,9 +221,9 @@ def test_without_an_earlier_checkpoint_there_is_no_recovery_and_the_reason_is_to
 
 
 def test_the_verb_tells_it_in_table_document_and_picture(
-    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [f"run={runs / 'flow'}", f"out={tmp_path}", f"rows={ROWS}", "probe_steps=10"]
+    command = [f"run={trained('flow')}", f"out={tmp_path}", f"rows={ROWS}", "probe_steps=10"]
     assert run_verb(diagnose.main, command) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "values of the flow critic on 48 recent transitions" in shown
@@ -219,9 +235,7 @@ def test_the_verb_tells_it_in_table_document_and_picture(
     assert "critic.png" in shown
 
 
-def test_the_agent_is_as_it_was_after_all_of_it(runs: Path) -> None:
-    from rlplastic.critic_diagnosis import diagnose_critic
-
+def test_the_agent_is_as_it_was_after_all_of_it() -> None:
     config = configured("agent=sac", *CRITICS["flow"])
     agent = agent_of(config)
     critic = agent.learner.critic

@@ -42,6 +42,12 @@ def test_values_are_what_long_sums_of_rewards_come_to(chain: ModuleType) -> None
     assert not torch.equal(reward, chain.rewards_of(made, 0, 2)[0])
 
 
+def test_the_exact_solution_of_much_data_is_the_chains(chain: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = chain.exact_error(0, 0)
+    monkeypatch.setattr(chain, "DATA", 200_000)
+    assert chain.exact_error(0, 0) < 0.05 < few
+
+
 def test_a_critic_of_the_chain_gets_nearer_to_its_values_and_errors_are_kept(
     chain: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

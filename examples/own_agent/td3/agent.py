@@ -44,7 +44,13 @@ class TD3Config(AgentConfig):
     """Where that noise is cut off."""
 
 
-def make(config: Config, num_envs: int, planned_updates: int | None, record: Record | None, **common: Any) -> TD3:
+def make(
+    config: Config,
+    num_envs: int,
+    planned_updates: int | None,
+    record: Record | None,
+    **common: Any,  # noqa: ANN401
+) -> TD3:
     """What `agent=td3` builds from a resolved configuration and what `rlplastic.agents.make_agent` hands to all."""
     assert isinstance(config.agent, TD3Config)
     if config.critic.kind != "scalar" or config.agent.reward_scaling:
