@@ -56,7 +56,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Pages of the navigation from the repository's root, in place of the files of docs/."""
     pages = [File.generated(config, f"reference/{name}.md", content=_reference(name)) for name in REFERENCE]
     named = [name for name in _leaves(config.nav) if not name.startswith("reference/")]
-    for path in sorted(_linked(named)):
+    for path in sorted(_linked([*named, *config.extra_css])):
         name = str(path.relative_to(ROOT))
         if path.is_dir():
             pages.append(File.generated(config, f"{name}/index.md", content=_listing(path)))
