@@ -9,6 +9,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,9 @@ NOT_RUN = {
     "robustness=true": "a sweep of 28 settings; tests/test_play.py does it",
 }
 """Commands that are only checked, by a part of their line, with the reason."""
+
+TRAINING = ("own_environment.md", "own_intervention.md", "reading_the_monitor.md")
+"""Pages whose Python trains, which takes more than a few seconds; so does the README's, which is always run."""
 
 PREAMBLES: dict[str, Callable[[Path, dict[str, object]], None]] = {}
 """What the reader of a page is assumed to have: files in the working directory, names in Python."""
@@ -107,10 +111,12 @@ def shown(language: str) -> list[Block]:
     return [block for page in PAGES for block in blocks(page) if block.language == language]
 
 
-def python_pages() -> list[str]:
-    return sorted({block.page for block in shown("python")})
+def python_pages() -> list[object]:
+    pages = sorted({block.page for block in shown("python")})
+    return [pytest.param(page, marks=[pytest.mark.slow] if page in TRAINING else []) for page in pages]
 
 
+@cache
 def all_commands() -> list[Command]:
     lines = [block for block in shown("") if not block.text.startswith(tuple(NOT_COMMANDS))]
     return [command for block in lines for command in commands(block, ENVIRONMENT)]
