@@ -52,6 +52,9 @@ NOT_RUN = {
 TRAINING = ("own_environment.md", "own_intervention.md", "reading_the_monitor.md")
 """Pages whose Python trains, which takes more than a few seconds; so does the README's, which is always run."""
 
+TAKEN_FOR_GRANTED = {"report.md": ("runs/hopper", "runs/walker2d")}
+"""Runs that the commands of a page take for granted without naming them in full."""
+
 PREAMBLES: dict[str, Callable[[Path, dict[str, object]], None]] = {}
 """What the reader of a page is assumed to have: files in the working directory, names in Python."""
 
@@ -194,6 +197,7 @@ def test_commands_of_a_page_run_in_their_order(page: str, tmp_path: Path) -> Non
     for module in [block for block in shown("python") if block.text.startswith("# my_module.py")]:
         (tmp_path / "my_module.py").write_text(module.text)
     variables = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    take_for_granted([f"run={path}" for path in TAKEN_FOR_GRANTED.get(page, ())], tmp_path, variables)
     for command in [command for command in all_commands() if command.page == page and not why_not(command)]:
         words = list(command.arguments)
         if command.words[0] == "make":
