@@ -26,12 +26,18 @@ from rlplastic.envs import checker
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 ENVIRONMENT["OMP_NUM_THREADS"] = "1"
 
+PROGRAM = re.compile(r"(?:[A-Z]+=\S+ )*(?:\S+/)?(?:make|python|torchrun|tensorboard) ")
+"""How a block of commands begins."""
+
 NOT_COMMANDS = {
     "runs/<name>/checkpoints/": "paths",
     "t(S, W) =": "a formula",
     "noise     z_0": "formulas",
 }
 """Indented blocks that show something else, by how they begin."""
+
+COMPILED_ONLY = {"gpu_simulators.md": "needs simulators that need a GPU"}
+"""Pages whose indented blocks may be Python that nothing here can run; it has to compile."""
 
 NOT_RUN = {
     "make install": "takes minutes, and the gate does it",
@@ -121,7 +127,7 @@ def python_pages() -> list[object]:
 
 @cache
 def all_commands() -> list[Command]:
-    lines = [block for block in shown("") if not block.text.startswith(tuple(NOT_COMMANDS))]
+    lines = [block for block in shown("") if PROGRAM.match(block.text)]
     return [command for block in lines for command in commands(block, ENVIRONMENT)]
 
 
@@ -145,6 +151,10 @@ def test_every_block_is_one_that_something_here_runs_or_reads() -> None:
     assert len(shown("cpp")) == 1  # the C++ of deploy.md: ONNX Runtime's headers come with no package of ours
     for block in shown("yaml"):
         yaml.safe_load(block.text)
+    for block in shown(""):
+        if not PROGRAM.match(block.text) and not block.text.startswith(tuple(NOT_COMMANDS)):
+            assert block.page in COMPILED_ONLY, f"{block.page}, line {block.line}, is no command: expected ```python"
+            compile(block.text, block.page, "exec")
 
 
 @pytest.mark.parametrize("command", all_commands(), ids=lambda command: f"{command.page}: {command.line[:60]}")
