@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -354,7 +353,7 @@ MOST = {
     "evaluation.final_episodes": 10_000,
 }
 """Beyond these a typing error is likelier than an intention, and the machine would hang or run out of memory."""
-CHOICES: dict[str, Collection[str]] = {
+CHOICES: dict[str, tuple[str, ...] | dict[str, Any]] = {
     "env.backend": ("envpool", "gymnasium"),
     "env.vectorization": ("sync", "async"),
     "env.autoreset": ("next_step", "same_step", "disabled"),
