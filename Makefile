@@ -18,14 +18,14 @@ comma := ,
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := rlplastic tests benchmarks examples
+SOURCES := rlplastic tests benchmarks examples docs
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 # One thread per test worker: the workers already fill the cores. The caller's PYTHONPATH must not shadow .venv.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help install train test test-all coverage lint typecheck format clean
+.PHONY: help install train test test-all coverage docs lint typecheck format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    "on Debian or Ubuntu run 'apt install python3 python3-venv', or name an interpreter with PYTHON=…" >&2; exit 1; \
 	fi; \
 	[ -x $(BIN)/python ] || "$$found" -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check $(INDEX) -c constraints.txt -e ".[dev,export,video,kernels]"
+	$(BIN)/python -m pip install --disable-pip-version-check $(INDEX) -c constraints.txt -e ".[dev,docs,export,video,kernels]"
 	@touch $@
 
 train: $(STAMP) ## train; choose with ARGS="agent=flashsac env=hopper seed=1"
@@ -57,6 +57,9 @@ coverage: $(STAMP) ## which lines of rlplastic the tests run
 	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -m "not slow"
 	$(BIN)/python -m coverage combine
 	$(BIN)/python -m coverage report
+
+docs: $(STAMP) ## the documentation as a site, in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
 
 lint: $(STAMP) ## style and formatting
 	$(BIN)/ruff check $(SOURCES)

@@ -275,7 +275,7 @@ MOST = {
     "evaluation.final_episodes": 10_000,
 }
 """Beyond these a typing error is likelier than an intention, and the machine would hang or run out of memory."""
-CHOICES: dict[str, tuple[str, ...]] = {
+CHOICES: dict[str, Collection[str]] = {
     "env.backend": ("envpool", "gymnasium", "torch"),
     "env.vectorization": ("sync", "async"),
     "env.autoreset": ("next_step", "same_step", "disabled"),
@@ -289,7 +289,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "critic.actor_members": ("min", "mean"),
     "schedule.kind": ("budget", "horizon"),
     "monitor.mode": ("off", "watch", "full", "scheduled"),
-    "monitor.scheduled_intervention": tuple(INTERVENTIONS),
+    "monitor.scheduled_intervention": INTERVENTIONS,  # read when it is asked: others may be added
     "distributed.bn_sync": ("running", "forward"),
     "replay.observation_dtype": ("float32", "float16", "bfloat16", "int8"),
     "replay.device": ("learner", "pinned"),
