@@ -19,8 +19,8 @@ LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)")
 
 REFERENCE = {
     "rlplastic": ("From Python", ["rlplastic", "rlplastic.training.Result", "rlplastic.policy.Policy"]),
-    "settings": ("Settings", ["rlplastic.config"]),
-    "environments": ("Environments", ["rlplastic.envs.base", "rlplastic.envs.checker"]),
+    "settings": ("Settings", ["rlplastic.config", "rlplastic.plasticity_config"]),
+    "environments": ("Environments", [f"rlplastic.envs.{name}" for name in ("base", "torch_adapter", "checker")]),
     "metrics": (
         "Metrics",
         [
