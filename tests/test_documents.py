@@ -46,6 +46,7 @@ NOT_RUN = {
     "pip install": "needs the network",
     "tensorboard": "a server, which does not end",
     "torchrun": "tests/test_torchrun.py does it",
+    "wandb": "needs a package that the gate does not install",
     "hydra/": "needs launchers and sweepers that the gate does not install",
     "test_ahead_of_time": "a test of its own",
     "what=": "tests/benchmarking runs every subject",

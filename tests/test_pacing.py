@@ -223,7 +223,7 @@ def test_open_settings_of_the_continuous_rule_start_from_the_usual_ratio_and_hol
         ("replay_ratio=fast", "replay_ratio=fast is not a choice; expected a number above 0, or adaptive"),
         (
             "adaptive.low=1",
-            "settings adaptive.* are those of replay_ratio=adaptive, but this run has replay_ratio=None",
+            "settings adaptive.* are those of replay_ratio=adaptive, but this run has none; leave the one out",
         ),
         ("replay_ratio=adaptive adaptive.signal=fua", "adaptive.signal='fua' is not a signal; did you mean 'fau'"),
         ("replay_ratio=adaptive adaptive.signal=fau,dead adaptive.rule=plateau", "reads one signal"),
