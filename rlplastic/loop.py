@@ -113,11 +113,11 @@ def _prime(session: Session) -> None:
     session.watch.lap("store")
     due = min(session.config.priming_updates - session.progress.primed, PRIMING_UPDATES_A_TURN)
     session.progress.primed += due
-    _learn(session, due)
+    _learn(session, due, waiting=True)
 
 
-def _learn(session: Session, due: int) -> None:
-    """So many updates."""
+def _learn(session: Session, due: int, waiting: bool = False) -> None:
+    """So many updates; no transitions come in meanwhile if the environments are ``waiting``."""
     agent, watch = session.agent, session.watch
     budget_used = session.budget.used(session.progress)
     for batch in session.sampler.batches(agent.updates, due, agent.reward_scale) if due else ():
@@ -131,7 +131,7 @@ def _learn(session: Session, due: int) -> None:
         session.metrics.add(metrics)
         watch.lap("check")
         if session.watcher is not None:
-            session.watcher.after_update(batch, budget_used)
+            session.watcher.after_update(batch, budget_used, waiting)
             watch.lap("monitor")
 
 

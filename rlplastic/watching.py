@@ -169,11 +169,11 @@ class Watcher:
 
     # What the loop calls
 
-    def after_update(self, batch: Batch, budget_used: float) -> None:
-        """Let the branch learn from the same batch, and the monitor do what is due."""
+    def after_update(self, batch: Batch, budget_used: float, waiting: bool = False) -> None:
+        """Let the branch learn from the same batch, and the monitor do what is due; see its own for ``waiting``."""
         if self._branch is not None:
             self._branch.update(batch, budget_used)
-        self._monitor.after_update(self.agent.updates)
+        self._monitor.after_update(self.agent.updates, waiting)
         # Churn is that of the last updates before a reading, as many as move both networks.
         if (self.agent.updates + self.config.agent.actor_every) % self._monitor.rules.forward_every == 0:
             self._said, self._said_at = self._say(), self.agent.updates

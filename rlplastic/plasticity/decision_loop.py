@@ -127,8 +127,12 @@ class PlasticityMonitor(Generic[L]):
 
     # What the host calls
 
-    def after_update(self, updates: int) -> None:
-        """Do what is due after the ``updates``-th update of the live learner and, if there is one, of the branch."""
+    def after_update(self, updates: int, waiting: bool = False) -> None:
+        """Do what is due after the ``updates``-th update of the live learner and, if there is one, of the branch.
+
+        While the learner is ``waiting`` for new transitions, whatever makes it ill on those it has is still at work and
+        no return would tell of a treatment: it is read, but not probed.
+        """
         if self._schedule is not None and self._schedule[1](updates):
             self._intervene_as_scheduled(self._schedule[0], updates)
         if self.case is not None:
@@ -139,7 +143,7 @@ class PlasticityMonitor(Generic[L]):
             self._settle(self.recovery, updates)
         alarms = self._look(updates)
         probing_is_due = updates % self.rules.probe_every == 0
-        if self.mode == "full" and self._is_idle(updates) and (alarms or probing_is_due):
+        if self.mode == "full" and not waiting and self._is_idle(updates) and (alarms or probing_is_due):
             self._examine(updates, alarms)
 
     def episode(self, updates: int, value: float) -> None:

@@ -200,6 +200,16 @@ def test_after_a_decision_nothing_is_decided_until_the_cooldown_is_over(toy: Toy
     assert [updates for event, updates in toy.told if event == "probe"] == [10, 110], "dropped at 70, resting until 110"
 
 
+def test_while_no_transitions_come_in_it_raises_alarms_and_treats_nothing(toy: Toy) -> None:
+    toy.ill, toy.norm = True, 20.0
+    monitor = monitor_of(toy)
+    for updates in range(1, 106):
+        monitor.after_update(updates, waiting=updates <= 100)
+    assert toy.told == [("alarm", 10)] and monitor.spent == 0
+    go(monitor, 106, 111)
+    assert toy.told[1:] == [("probe", 110), ("branch", 110)]
+
+
 def test_a_return_that_does_not_come_back_takes_the_intervention_back(toy: Toy) -> None:
     toy.ill, toy.norm = True, 20.0
     monitor = monitor_of(toy)
