@@ -26,7 +26,7 @@ def findings(folder: Path, *overrides: str) -> list[dict[str, Any]]:
 def test_a_critic_that_was_primed_on_hopper_is_found_treated_verified_and_kept(tmp_path: Path) -> None:
     found = findings(
         tmp_path,
-        *("env=hopper", "agent.critic_width=128", "agent.actor_width=128", "env_steps=2500", "priming_updates=9500"),
+        *("env=hopper", "agent.critic_width=128", "agent.actor_width=128", "env_steps=5500", "priming_updates=9500"),
     )
     by_event = {finding["event"]: finding for finding in reversed(found)}  # the first of each
     assert {"alarm", "probe", "branch", "committed", "kept"} <= by_event.keys()
