@@ -13,7 +13,7 @@ from rlplastic import train_agent
 SETTINGS = [
     *("agent=sac", "env.backend=gymnasium", "env.num_envs=1", "replay.batch_size=128", "replay.minimum=500"),
     *("replay_ratio=1", "compile=off", "threads=1", "evaluation.every=0", "evaluation.final_episodes=2", "name=run"),
-    *("monitor=full", "monitor.budget=0.5", "monitor.verify_updates=1000", "monitor.recovery_updates=500"),
+    *("monitor=full", "monitor.budget=0.5", "monitor.verify_updates=1000", "monitor.recovery_updates=3000"),
 ]
 
 
