@@ -213,7 +213,7 @@ class Watcher:
             told |= self._churn()
             record["churn_over"] = updates - self._said_at if self._said else None
             outside = self._held_out(inputs, updates)
-            told |= outside
+            found, told = found | outside, told | outside
             record["held_out_td_error"] = "measured" if outside else self._unavailable
             self._previous, self._previous_at = self._weights(), updates
         record |= {"values": told, "fresh": fresh, "uninformative": silent}

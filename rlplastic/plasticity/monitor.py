@@ -48,6 +48,11 @@ SCREENS: dict[str, Screen] = {
 ones had 3.1 times its weights and more, healthy ones up to 5: a false alarm costs a probe, a missed one the run."""
 
 
+RUNAWAY = 5.0
+"""A `value_bias` beyond this raises an alarm: healthy critics of four tasks stayed below 2.7, runaway ones had 7.5 to
+millions (docs/experiments.md). A fresh network is no reference: its values are near 0 and mean nothing."""
+
+
 @dataclass(frozen=True)
 class Rules:
     """What the monitor goes by; `rlplastic.plasticity_config` says each in a sentence. Cadences are in updates."""
@@ -88,7 +93,7 @@ class Alarm:
     value: float
     limit: float
     reference: str
-    """What the limit comes from: ``a fresh network`` or ``its early phase``."""
+    """What the limit comes from: ``a fresh network``, ``its early phase`` or ``the size of returns``."""
 
     @property
     def module(self) -> str:
@@ -112,6 +117,11 @@ def screen(
     """
     alarms = []
     for metric, value in measured.items():
+        if metric.endswith("/value_bias"):
+            limit = max(RUNAWAY, tolerated.get(metric, 0.0) / FURTHER)
+            if value > limit:  # NaN, where all returns are 0, is not
+                alarms.append(Alarm(metric, value, limit, "the size of returns"))
+            continue
         rule = rule_of(metric)
         if rule is None or metric not in fresh:
             continue

@@ -83,6 +83,15 @@ def test_a_reading_that_is_not_finite_raises_an_alarm() -> None:
     assert len(screen({NORM: math.nan}, {NORM: 10.0}, {}, {})) == 1
 
 
+def test_values_that_ran_away_from_the_returns_raise_an_alarm_without_any_reference() -> None:
+    bias = "plasticity/critic/all/value_bias"
+    assert [screen({bias: value}, {}, {}, {}) for value in (2.7, -9.0, math.nan)] == [[], [], []]
+    (alarm,) = screen({bias: 7.5}, {}, {}, {})
+    assert (alarm.limit, alarm.reference) == (5.0, "the size of returns")
+    assert screen({bias: 7.5}, {}, {}, {bias: 7.0}) == [], "tolerated until it is clearly worse"
+    assert len(screen({bias: 10.1}, {}, {}, {bias: 7.0})) == 1
+
+
 def test_metrics_without_a_rule_or_without_a_reference_raise_none() -> None:
     assert (
         screen({"plasticity/critic/all/dormant": 1.0, NORM: 1e9}, {"plasticity/critic/all/dormant": 0.0}, {}, {}) == []
