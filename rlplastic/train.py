@@ -18,16 +18,19 @@ from rlplastic.errors import ConfigurationError, Interrupted
 
 def main(arguments: Sequence[str]) -> None:
     """Train as the arguments say; see `rlplastic.training.train_agent` for the errors."""
-    if any(argument in ("-h", "--help") for argument in arguments):
-        if "all" not in arguments:
-            from rlplastic.train_help import train_help
-
-            print(train_help())
-            return
-        arguments = [argument for argument in arguments if argument != "all"]
     config_dir = None
     if any(argument.startswith("-") for argument in arguments):
         given = _parsed(arguments)
+        if given.help and "all" not in given.overrides:
+            from rlplastic.composition import search
+            from rlplastic.train_help import train_help
+
+            search(given.config_dir)
+            print(train_help())
+            return
+        if given.help:  # every setting: Hydra's own
+            arguments = [argument for argument in arguments if argument != "all"]
+            given.overrides.remove("all")
         if any(vars(given)[name] for name in HYDRAS_OWN):
             _through_hydra(arguments, given)
             return
