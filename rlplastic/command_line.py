@@ -13,8 +13,9 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
@@ -166,6 +167,16 @@ def refused(given: str, error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """An exception's own first sentence, without the key dump that OmegaConf appends."""
     return str(error).strip().split("\n")[0].rstrip(".")
+
+
+@contextmanager
+def reading_yaml(file: Path, expected: str) -> Iterator[None]:
+    """What reading a YAML file raises becomes a `ConfigurationError` that says what was ``expected`` in it."""
+    try:
+        yield
+    except Exception as error:  # the YAML reader's own exceptions have no common base with OmegaConf's
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"{file} cannot be read ({reason}); expected {expected}") from error
 
 
 def flatten(config: object, prefix: str = "") -> dict[str, Any]:

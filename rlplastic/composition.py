@@ -14,7 +14,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlplastic.command_line import first_line, flatten, override_key, refused
+from rlplastic.command_line import first_line, flatten, override_key, reading_yaml, refused
 from rlplastic.config import VARIANTS, Config, register
 from rlplastic.envs.catalogue import require_task
 from rlplastic.errors import ConfigurationError, nearest
@@ -78,12 +78,8 @@ def search(config_dir: str | Path | None) -> None:
         raise ConfigurationError(f"config_dir={config_dir} is no folder; expected one with files such as agent/*.yaml")
     _searched.append(folder)
     for file in sorted(folder.glob("agent/*.yaml")):
-        try:
-            written = OmegaConf.load(file)
-            package = OmegaConf.select(written, "package")
-        except Exception as error:  # the YAML reader's own exceptions have no common base with OmegaConf's
-            reason = " ".join(str(error).split())
-            raise ConfigurationError(f"{file} cannot be read ({reason}); expected the settings of an agent") from error
+        with reading_yaml(file, "the settings of an agent"):
+            package = OmegaConf.select(OmegaConf.load(file), "package")
         if package is not None:
             from rlplastic.agents import adopt  # and not for `play`, which must not load torch
 

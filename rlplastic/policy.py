@@ -5,8 +5,7 @@ Neither an environment nor an agent is built: the sizes of the network are those
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from rlplastic.agents import AGENTS, adopt
 from rlplastic.checkpoint import CheckpointStore
+from rlplastic.command_line import reading_yaml
 from rlplastic.config import Config, EnvConfig, schema
 from rlplastic.envs.base import Observation
 from rlplastic.errors import CheckpointError, ConfigurationError, nearest
@@ -101,17 +101,7 @@ def load_policy(
 
 _DECIDING = ("agent.name", "agent.package", "critic.kind")
 """What a written configuration's schema follows from."""
-
-
-@contextmanager
-def _readable(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # the YAML reader's own exceptions have no common base with OmegaConf's
-        reason = " ".join(str(error).split())
-        raise ConfigurationError(
-            f"{file} cannot be read ({reason}); expected the configuration that this version of rlplastic writes"
-        ) from error
+WRITTEN = "the configuration that this version of rlplastic writes"
 
 
 def read_config(run: Path) -> Config:
@@ -133,12 +123,12 @@ def read_config(run: Path) -> Config:
         raise ConfigurationError(
             f"run={run} {what}; expected a run directory as made by rlplastic.train" + (f"; {hint}" if hint else "")
         )
-    with _readable(file):
+    with reading_yaml(file, WRITTEN):
         written = OmegaConf.load(file)
         agent, package, critic = (OmegaConf.select(written, key) for key in _DECIDING)
     if package is not None:
         adopt(agent, package)
-    with _readable(file):
+    with reading_yaml(file, WRITTEN):
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema(agent, critic)), written))
     assert isinstance(config, Config)
     return config

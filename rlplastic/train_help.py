@@ -41,7 +41,7 @@ def train_help() -> str:
             "Settings that people change, and their defaults (open: chosen at the start, with the reason):",
             *aligned([(f"{key}={_default(key)}", _meaning(key)) for key in SETTINGS]),
             "",
-            "--help all: every setting; --cfg job: those of a command; rlplastic/config.py explains each.",
+            "--help all: every setting; --cfg job: those of a command; rlplastic/*config.py explain each.",
         ]
     )
 
