@@ -65,9 +65,16 @@ class MonitorConfig:
     healthy: float = 1.2
     """A treated network must come below this."""
     ladder: list[str] = field(
-        default_factory=lambda: ["optimizer_reset", "redo", "last_layer_reset", "shrink_and_perturb", "full_reset"]
+        default_factory=lambda: [
+            "optimizer_reset",
+            "redo",
+            "last_layer_reset",
+            "shrink_and_perturb",
+            "full_reset",
+            "agent_reset",
+        ]
     )
-    """Interventions in the order in which they are tried, smallest first."""
+    """Interventions in the order in which they are tried, smallest first; agent_reset renews all networks and alpha."""
     max_interventions: int = 4
     """Commits in a run; 0: probe, but never act."""
     budget: float = 0.15

@@ -21,6 +21,7 @@ from rlplastic.errors import ConfigurationError, nearest
 from rlplastic.kernels import dispatch
 from rlplastic.machine import Machine
 from rlplastic.plasticity.interventions import INTERVENTIONS
+from rlplastic.plasticity.monitor import rungs
 from rlplastic.plasticity.replay_ratio import SIGNALS
 from rlplastic.plasticity_config import ADAPTIVE
 from rlplastic.writers import services
@@ -348,8 +349,8 @@ def check(config: Config) -> None:
             raise ConfigurationError(f"tracking.writers has {name!r}; {nearest(name, services.NAMES)}")
     services.require(config.tracking.writers)
     for name in config.monitor.ladder:
-        if name not in INTERVENTIONS:
-            raise ConfigurationError(f"monitor.ladder has {name!r}; {nearest(name, list(INTERVENTIONS))}")
+        if name not in rungs():
+            raise ConfigurationError(f"monitor.ladder has {name!r}; {nearest(name, rungs())}")
     if config.monitor.mode == "scheduled" and config.monitor.scheduled_count and config.env_steps is None:
         raise ConfigurationError("monitor.scheduled_count draws among the planned updates; expected env_steps with it")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Literal
@@ -363,7 +363,7 @@ class Watcher:
         return self._branch
 
     @torch.no_grad()
-    def evidence(self, branch: Agent, patient: str) -> Evidence:
+    def evidence(self, branch: Agent, treated: Collection[str]) -> Evidence:
         """What both say of the common transitions, and where the actor was treated, what its actions are worth."""
         common = self._common
         assert common is not None, "targets are made with the branch"
@@ -371,7 +371,7 @@ class Watcher:
             values(agent, common.observation, common.action).mean(0).double() for agent in (self.agent, branch)
         )
         worth = None
-        if patient == "actor":
+        if "actor" in treated:
             actions = [torch.tanh(policy_mean(agent, common.policy_observation)) for agent in (self.agent, branch)]
             first, second = (float(critic_values(self._frozen_critic, common.observation, a).mean()) for a in actions)
             worth = first, second

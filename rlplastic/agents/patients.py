@@ -24,7 +24,7 @@ from rlplastic.agents.steps import Inputs
 from rlplastic.agents.subjects import flow_noise, members_of, one_step
 from rlplastic.errors import ConfigurationError
 from rlplastic.plasticity.activations import Kind, ModuleReader, untouched
-from rlplastic.plasticity.patient import Hidden, Patient, States, hidden_layers
+from rlplastic.plasticity.patient import Hidden, Patient, States, Temperature, hidden_layers
 
 
 def readable(agent: Agent, what: str) -> FlashSAC | SAC:
@@ -88,7 +88,7 @@ def _flashsac(agent: FlashSAC, inputs: Inputs | None) -> dict[str, Patient]:
             bound=bound,
             reader=_bounded_reader,
             loss=None if inputs is None else _actor_loss(update.actor_loss, learner, inputs, 2),
-            temperature=(learner.log_alpha, learner.temperature_optimizer),
+            temperature=_temperature(agent),
         ),
         "critic": Patient(
             "critic",
@@ -135,7 +135,7 @@ def _sac(agent: SAC, inputs: Inputs | None) -> dict[str, Patient]:
             output=policy_mean,
             reader=reader,
             loss=None if inputs is None else _actor_loss(sac_update.actor_loss, learner, inputs, 1),
-            temperature=(learner.log_alpha, learner.temperature_optimizer),
+            temperature=_temperature(agent),
         ),
         "critic": Patient(
             "critic",
@@ -152,6 +152,11 @@ def _sac(agent: SAC, inputs: Inputs | None) -> dict[str, Patient]:
             loss=None if inputs is None else _critic_loss(loss, learner, inputs),
         ),
     }
+
+
+def _temperature(agent: FlashSAC | SAC) -> Temperature:
+    learner = agent.learner
+    return Temperature(learner.log_alpha, learner.temperature_optimizer, agent.config.initial_alpha)
 
 
 def _fresh(agent: FlashSAC | SAC, name: str, make: Callable[[], nn.Module], key: int) -> nn.Module:

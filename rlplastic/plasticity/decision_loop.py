@@ -12,14 +12,27 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from rlplastic.plasticity import wording
 from rlplastic.plasticity.interventions import INTERVENTIONS
-from rlplastic.plasticity.monitor import Alarm, Evidence, Rules, act, is_ill, probe, rule_of, screen, verify, worst_of
+from rlplastic.plasticity.monitor import (
+    AGENT_RESET,
+    Alarm,
+    Evidence,
+    Rules,
+    act,
+    intervention_of,
+    is_ill,
+    probe,
+    rule_of,
+    screen,
+    verify,
+    worst_of,
+)
 from rlplastic.plasticity.patient import Patient
 from rlplastic.plasticity.probe import Probe
 from rlplastic.plasticity.recovery import Recovery
@@ -52,8 +65,8 @@ class Host(Protocol[L]):
         """A copy that is trained beside the live learner from now on, until `adopt` or `drop`."""
         ...
 
-    def evidence(self, branch: L, patient: str) -> Evidence:
-        """What live learner and branch say of common targets, made when the branch was; ``patient`` was treated."""
+    def evidence(self, branch: L, treated: Collection[str]) -> Evidence:
+        """What live learner and branch say of common targets, made when the branch was; ``treated`` names patients."""
         ...
 
     def adopt(self, branch: L) -> None:
@@ -90,6 +103,11 @@ class Case(Generic[L]):
     due: int
     """The update at which the branch is judged."""
     rounds: int = 1
+
+
+def _treated(rung: str, patient: str, patients: Mapping[str, Patient]) -> tuple[str, ...]:
+    """The networks that a rung treats when one of them is ill."""
+    return tuple(patients) if rung == AGENT_RESET else (patient,)
 
 
 class PlasticityMonitor(Generic[L]):
@@ -241,26 +259,31 @@ class PlasticityMonitor(Generic[L]):
             self._tell("no_cure", updates, wording.no_cure(name, attempts), patient=name, tried=tried)
             return
         branch = self.host.branch()
-        applied = INTERVENTIONS[chosen](self.host.patients(branch, updates)[name], key)
+        patients = self.host.patients(branch, updates)
+        applied = {part: intervention_of(chosen)(patients[part], key) for part in _treated(chosen, name, patients)}
         self.case = Case(branch, name, chosen, found.worst, updates, updates + self.rules.verify_updates)
         self._tell(
             "branch",
             updates,
-            f"a {wording.intervention(chosen)} of the {name} is tried on a branch for "
-            f"{self.rules.verify_updates:,} updates; the untouched learner goes on acting",
+            f"a {wording.treatment(chosen, name)} is tried on a branch for {self.rules.verify_updates:,} updates; the "
+            "untouched learner goes on acting",
             tried=tried,
-            applied=applied.evidence(),
+            applied=[part.evidence() for part in applied.values()],
         )
 
     # Verify
 
     def _judge(self, case: Case[L], updates: int) -> None:
         """Commit, go on, or drop."""
-        patient = self.host.patients(case.branch, updates)[case.patient]
-        found = probe({case.patient: patient}, self._key("verification", updates), self.rules)[case.patient]
+        patients = self.host.patients(case.branch, updates)
+        patient = {case.patient: patients[case.patient]}
+        found = probe(patient, self._key("verification", updates), self.rules)[case.patient]
         self.spent += self._probe_cost(case.patient)
-        verdict = verify(self.host.evidence(case.branch, case.patient), found, self.rules)
-        longer = case.rounds < self.rules.verify_rounds and self._affords(self.rules.verify_updates, updates)
+        treated = _treated(case.intervention, case.patient, patients)
+        verdict = verify(self.host.evidence(case.branch, treated), found, self.rules)
+        # What fell ill again will not get well by more of the same; a larger intervention may.
+        longer = case.rounds < self.rules.verify_rounds and not is_ill(found, self.rules)
+        longer = longer and self._affords(self.rules.verify_updates, updates)
         outcome = "committed" if verdict.accepted else "extended" if longer else "dropped"
         self._tell(
             outcome,
@@ -281,7 +304,8 @@ class PlasticityMonitor(Generic[L]):
         if outcome == "dropped":
             self._dropped.append(case.intervention)
             self.host.drop()
-            self._rest(updates)
+            if case.intervention == self.rules.ladder[-1]:  # otherwise the next alarm may try the next rung
+                self._rest(updates)
             return
         self.interventions += 1
         before = fmean(self._recent) if self._recent else None

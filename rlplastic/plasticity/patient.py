@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,20 @@ class Hidden:
     outgoing: tuple[str, ...]
 
 
+class Temperature(NamedTuple):
+    """What weighs a policy's entropy.
+
+    Args:
+        log_alpha: (1,).
+        optimizer: that moves it.
+        initial: alpha, not its logarithm, at the start of a run: where that of a fresh policy starts.
+    """
+
+    log_alpha: Tensor
+    optimizer: Optimizer
+    initial: float
+
+
 @dataclass(frozen=True)
 class Patient:
     """A network, its optimizer and its target.
@@ -70,7 +84,7 @@ class Patient:
         bound: from a module to what re-projects its norms.
         reader: from a module to what reads its activations on ``states``.
         loss: the training loss of a module on replay rows, for gradients of units.
-        temperature: log alpha and its optimizer, where the network is the policy that they go with.
+        temperature: where the network is the policy that it goes with.
 
     Raises:
         ConfigurationError: the optimizer leaves a parameter out, or a name or shape does not fit.
@@ -90,7 +104,7 @@ class Patient:
     bound: Callable[[nn.Module], Callable[[], None]] = unbounded
     reader: Callable[[nn.Module], ModuleReader] = lambda module: ModuleReader(module, lambda states: module(*states))
     loss: Callable[[nn.Module], Tensor] | None = None
-    temperature: tuple[Tensor, Optimizer] | None = None
+    temperature: Temperature | None = None
 
     def __post_init__(self) -> None:
         named = dict(self.module.named_parameters())
@@ -222,11 +236,11 @@ def _tensors(patient: Patient) -> Iterator[tuple[str, Tensor]]:
             yield from ((f"{owner}.{name}", parameter) for name, parameter in module.named_parameters())
             yield from ((f"{owner}.{name}", buffer) for name, buffer in module.named_buffers())
     if patient.temperature is not None:
-        yield "temperature", patient.temperature[0]
+        yield "temperature", patient.temperature.log_alpha
 
 
 def _optimizers(patient: Patient) -> list[Optimizer]:
-    return [patient.optimizer] if patient.temperature is None else [patient.optimizer, patient.temperature[1]]
+    return [patient.optimizer] if patient.temperature is None else [patient.optimizer, patient.temperature.optimizer]
 
 
 def hidden_layers(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from rlplastic.plasticity.monitor import Alarm, Attempt, Verdict
+from rlplastic.plasticity.monitor import AGENT_RESET, Alarm, Attempt, Verdict
 from rlplastic.plasticity.probe import in_words
 
 NAMES = {
@@ -18,6 +18,7 @@ NAMES = {
     "last_layer_reset": "reset of the last layer",
     "shrink_and_perturb": "shrink and perturb",
     "full_reset": "full reset",
+    AGENT_RESET: "full reset",
 }
 """Interventions by their names in the code."""
 
@@ -25,6 +26,11 @@ NAMES = {
 def intervention(name: str) -> str:
     """An intervention as it is called in a sentence."""
     return NAMES.get(name, name.replace("_", " "))
+
+
+def treatment(rung: str, patient: str) -> str:
+    """What is done to which networks, where one of them is ill."""
+    return f"{intervention(rung)} of {'all networks' if rung == AGENT_RESET else f'the {patient}'}"
 
 
 def percent(share: float) -> str:
@@ -51,14 +57,15 @@ def probed(name: str, ratio: float, ill: bool, alarmed: bool) -> str:
 def no_cure(name: str, attempts: Sequence[Attempt]) -> str:
     """That nothing on the ladder suffices."""
     tried = ", ".join(
-        f"{intervention(a.intervention)} {a.remark or ('' if a.ratio is None else f'{a.ratio:.2f}')}" for a in attempts
+        f"{treatment(a.intervention, name)} {a.remark or ('' if a.ratio is None else f'{a.ratio:.2f}')}"
+        for a in attempts
     )
     return f"the {name} is left as it is: nothing on the ladder makes a copy learn again ({tried})"
 
 
 def judged(outcome: str, name: str, what: str, ill: float, verdict: Verdict) -> str:
     """The outcome of a verification."""
-    subject = f"the {name} learned {in_words(ill)}: {intervention(what)}"
+    subject = f"the {name} learned {in_words(ill)}: {treatment(what, name)}"
     if outcome == "committed":
         return (
             f"{subject}, verified beside its untouched twin (error against returns {percent(-verdict.gain)}, rank "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import pytest
@@ -46,6 +46,7 @@ class Toy:
         self.ill, self.norm = False, 1.0
         self.branch_ratio, self.branch_values = 1.0, RETURNS.clone()
         self.live = fresh(0)
+        self.treated: tuple[str, ...] = ()
         self.calls: list[str] = []
         self.events: list[dict[str, Any]] = []
 
@@ -64,7 +65,8 @@ class Toy:
         self.calls.append("branch")
         return fresh(1)
 
-    def evidence(self, branch: nn.Module, patient: str) -> Evidence:
+    def evidence(self, branch: nn.Module, treated: Collection[str]) -> Evidence:
+        self.treated = tuple(treated)
         return Evidence(RETURNS, self.branch_values, RETURNS, RETURNS, "a toy")
 
     def adopt(self, branch: nn.Module) -> None:
@@ -177,6 +179,48 @@ def test_a_worse_branch_is_given_more_time_and_then_dropped(toy: Toy) -> None:
     assert toy.calls == ["branch", "drop"] and monitor.interventions == 0
 
 
+def test_a_branch_that_fell_ill_again_is_dropped_at_once_and_the_next_alarm_tries_the_next_rung(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ladder = ("shrink_and_perturb", "full_reset")
+    monkeypatch.setattr(decision_loop, "act", lambda *given: ((*ladder, None)[len(given[-1])], [], 1))
+    toy.ill, toy.norm, toy.branch_ratio = True, 20.0, 3.0
+    go(monitor_of(toy, changed(ladder=ladder)), 1, 121)
+    assert [told for told in toy.told if told[0] != "probe"] == [
+        ("alarm", 10),
+        ("branch", 10),
+        ("dropped", 40),
+        ("branch", 40),
+        ("dropped", 70),
+        ("no_cure", 110),
+    ], "after the last rung it rests"
+
+
+def test_a_reset_of_the_agent_treats_all_its_networks_when_one_of_them_is_ill(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both: dict[int, dict[str, nn.Module]] = {}
+
+    def patients(learner: nn.Module | None, updates: int) -> Mapping[str, Patient]:
+        found = Toy.patients(toy, learner, updates)
+        if learner is None:
+            return found
+        actor = both.setdefault(id(learner), {"actor": fresh(2)})["actor"]
+        states = (torch.linspace(-1, 1, 64).reshape(32, 2),)
+        return {**found, "actor": Patient("actor", actor, torch.optim.Adam(actor.parameters()), fresh, states)}
+
+    monkeypatch.setattr(toy, "patients", patients)
+    toy.ill, toy.norm = True, 20.0
+    monitor = monitor_of(toy, changed(ladder=("agent_reset",)))
+    go(monitor, 1, 41)
+    (branch,) = [event for event in toy.events if event["event"] == "branch"]
+    assert [applied["patient"] for applied in branch["applied"]] == ["critic", "actor"]
+    assert "full reset of all networks" in branch["sentence"]
+    ((actor,),) = [networks.values() for networks in both.values()]
+    assert not any(torch.equal(now, then) for now, then in zip(actor.parameters(), fresh(2).parameters(), strict=True))
+    assert toy.treated == ("critic", "actor") and toy.told[-2][0] == "committed"
+
+
 def test_an_intervention_whose_branch_was_dropped_is_not_tried_again_before_another_was_good(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,7 +233,7 @@ def test_an_intervention_whose_branch_was_dropped_is_not_tried_again_before_anot
     toy.ill, toy.norm, toy.branch_values = True, 20.0, torch.zeros(100)
     monitor = monitor_of(toy, changed(ladder=("shrink_and_perturb", "full_reset"), verify_rounds=1))
     go(monitor, 1, 260)
-    branches = [event["applied"]["name"] for event in toy.events if event["event"] == "branch"]
+    branches = [event["applied"][0]["name"] for event in toy.events if event["event"] == "branch"]
     assert branches == ["shrink_and_perturb", "full_reset"]
     assert toy.told[-1][0] == "no_cure"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from rlplastic.errors import ConfigurationError
 from rlplastic.plasticity import monitor
-from rlplastic.plasticity.monitor import Evidence, Rules, act, is_ill, probe, screen, verify, worst_of
+from rlplastic.plasticity.monitor import AGENT_RESET, Evidence, Rules, act, is_ill, probe, screen, verify, worst_of
 from rlplastic.plasticity.patient import Patient, hidden_layers
 from rlplastic.plasticity.probe import Probe
 
@@ -150,6 +151,14 @@ def test_what_was_dropped_before_is_passed_over() -> None:
     assert chosen == "full_reset" and attempts[0].remark == "its branch was dropped before"
 
 
+def test_a_reset_of_the_agent_is_tried_on_the_ill_network_as_its_full_reset() -> None:
+    rules = Rules(probe_steps=60, probe_functions=1, ladder=("full_reset", AGENT_RESET))
+    patient, ill = patient_of(dead=True), probed(9.0)
+    _, (alone,), _ = act(patient, ill, 7, rules)
+    chosen, attempts, _ = act(patient, ill, 7, rules, ["full_reset"])
+    assert chosen == AGENT_RESET and attempts[1].ratio == alone.ratio
+
+
 def test_nothing_is_chosen_where_nothing_suffices() -> None:
     patient = patient_of(dead=True)
     ill = probed(9.0)
@@ -245,3 +254,5 @@ def test_a_treated_policy_must_be_worth_as_much_by_the_frozen_target() -> None:
     assert verify(evidence, probed(1.0), RULES).accepted
     worse = Evidence(case.returns, case.returns, case.returns, case.frozen, "held-out episodes", (5.0, 4.0))
     assert verify(worse, probed(1.0), RULES).objections == ("its policy is worth less by the frozen target",)
+    of_an_ill_critic = replace(worse, frozen=1e6 * case.frozen)
+    assert verify(of_an_ill_critic, probed(1.0), RULES).accepted, "which is no judge of policies either"

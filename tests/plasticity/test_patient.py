@@ -147,7 +147,7 @@ def test_a_copy_shares_nothing_and_behaves_the_same() -> None:
     before = {name: value.clone() for name, value in agent.state_dict().items()}
     assert twin.temperature is not None and patient.temperature is not None
     assert twin.optimizer.parameters[0] is next(twin.module.parameters())  # type: ignore[union-attr]
-    for tensors in (twin.module.parameters(), twin.optimizer.state_of(0).values(), [twin.temperature[0]]):  # type: ignore[union-attr]
+    for tensors in (twin.module.parameters(), twin.optimizer.state_of(0).values(), [twin.temperature.log_alpha]):  # type: ignore[union-attr]
         for tensor in tensors:
             tensor.detach().add_(1)
     assert all(torch.equal(value, before[name]) for name, value in agent.state_dict().items())

@@ -43,14 +43,14 @@ def last_layer_reset(patient: Patient, key: int) -> Applied:
     if not patient.head:
         raise ConfigurationError(f"{patient.name} does not tell its head; expected names of parameters in head=")
     fresh = patient.fresh_parameters(key)
-    return treat(patient, "last_layer_reset", {name: Edit(fresh[name]) for name in patient.head}, new_policy=True)
+    return treat(patient, "last_layer_reset", {name: Edit(fresh[name]) for name in patient.head}, policy="changed")
 
 
 def full_reset(patient: Patient, key: int) -> Applied:
-    """Every trainable parameter becomes fresh (arXiv 2205.07802), and the target a copy."""
+    """Every trainable parameter becomes fresh (arXiv 2205.07802), the target a copy, a policy's alpha initial."""
     fresh = patient.fresh_parameters(key)
     edits = {name: Edit(fresh[name]) for name in trainable(patient)}
-    return treat(patient, "full_reset", edits, target="copy", new_policy=True)
+    return treat(patient, "full_reset", edits, target="copy", policy="fresh")
 
 
 def shrink_and_perturb(patient: Patient, key: int, shrink: float = 0.8, perturb: float = 0.2) -> Applied:
@@ -79,7 +79,7 @@ def shrink_and_perturb(patient: Patient, key: int, shrink: float = 0.8, perturb:
         }
 
     followed = None if patient.target is None else moved(dict(patient.target.named_parameters()))
-    return treat(patient, "shrink_and_perturb", moved(named), target_edits=followed, new_policy=True)
+    return treat(patient, "shrink_and_perturb", moved(named), target_edits=followed, policy="changed")
 
 
 @torch.no_grad()

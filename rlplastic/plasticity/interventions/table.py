@@ -15,7 +15,7 @@ SENTENCES: dict[str, str] = {
     "statistics": "running statistics are those of replay rows under the new weights",
     "bounds": "unit rows and gains are back on their bounds",
     "kept": "statistics of observations and rewards, counters and the replay stay",
-    "alpha": "after a new policy the temperature's optimizer starts anew; alpha itself stays",
+    "alpha": "after a new policy the temperature's optimizer starts anew, after a fresh one alpha does too",
     "schedule": "learning rates go on as planned",
     "randomness": "the key alone decides: equal keys equal bits, other keys other draws; torch's state stays",
     "references": "what was edited is named, so that references start from there",

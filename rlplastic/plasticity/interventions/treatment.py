@@ -9,6 +9,7 @@ learning-rate schedule goes on: rates follow the budget, not the age of a weight
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,10 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from rlplastic.plasticity.optimizers import forget, parameters_of
-from rlplastic.plasticity.patient import Patient, Snapshot, reestimate, snapshot
+from rlplastic.plasticity.patient import Patient, Snapshot, Temperature, reestimate, snapshot
 
 Follow = Literal["entries", "copy", "kept"]
 """What a target does: take over the edited entries, become a copy of the module, or nothing."""
+Policy = Literal["same", "changed", "fresh"]
+"""Whose outputs a network's are now, which is what its temperature depends on: the same policy's; those of another one;
+those of one that never learned."""
 SCHEDULE = "kept: rates follow the budget, not the age of a weight"
 RE_ESTIMATED = "running statistics re-estimated on replay rows; those of observations and rewards kept"
 KEPT = "those of observations and rewards kept; none of the network's own are concerned"
@@ -88,7 +92,7 @@ def treat(
     units: Mapping[str, Tensor] | None = None,
     target: Follow = "entries",
     target_edits: Mapping[str, Edit] | None = None,
-    new_policy: bool = False,
+    policy: Policy = "same",
     memory: Mapping[str, Tensor | None] | None = None,
     statistics: bool = True,
     rollback: bool = True,
@@ -102,8 +106,9 @@ def treat(
         units: replaced units, for the record.
         target: what the target does.
         target_edits: the target's own values for the edited entries, where they are not the module's.
-        new_policy: whether the outputs are those of another network: then the temperature's optimizer, whose moments
-            are gradients of the old policy's entropy, starts anew. Alpha itself stays; its target pulls it back.
+        policy: after a change the temperature's optimizer, whose moments are gradients of the old policy's entropy,
+            starts anew, and alpha stays; beside a fresh policy alpha starts where it starts in a run: it may have run
+            away with the old one, and then ruins a fresh critic and a fresh policy too.
         memory: what the optimizer forgets, where that is not what was edited.
         statistics: whether running statistics are re-estimated.
         rollback: whether to keep a snapshot.
@@ -127,10 +132,11 @@ def treat(
     networks = [patient.module] if patient.target is None else [patient.module, patient.target]
     for network in networks if statistics else []:
         reestimate(patient, network)
-    temperature = patient.temperature if new_policy else None
+    temperature = None if policy == "same" else patient.temperature
     if temperature is not None:
-        log_alpha, its_optimizer = temperature
-        forget(its_optimizer, log_alpha)
+        forget(temperature.optimizer, temperature.log_alpha)
+        if policy == "fresh":
+            temperature.log_alpha.fill_(math.log(temperature.initial))
     has_statistics = statistics and patient.has_running_statistics
     return Applied(
         name=name,
@@ -140,7 +146,7 @@ def treat(
         optimizer=_memory_in_words(forgotten),
         target=_target_in_words(patient, edits, target),
         statistics=RE_ESTIMATED if has_statistics else KEPT,
-        temperature="kept" if temperature is None else "alpha kept, its optimizer started anew",
+        temperature=_temperature_in_words(temperature, policy),
         schedule=SCHEDULE,
         rebase=tuple(edits),
         cooldown=bool(edits or forgotten or statistics),
@@ -189,6 +195,13 @@ def _target_in_words(patient: Patient, edits: Mapping[str, Edit], follow: Follow
     if follow == "copy":
         return "copied from the network"
     return "the same entries" if follow == "entries" and edits else "weights kept"
+
+
+def _temperature_in_words(temperature: Temperature | None, policy: Policy) -> str:
+    if temperature is None:
+        return "kept"
+    alpha = f"alpha put back to {temperature.initial:g}" if policy == "fresh" else "alpha kept"
+    return f"{alpha}, its optimizer started anew"
 
 
 Intervention = Callable[[Patient, int], Applied]
