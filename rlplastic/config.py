@@ -97,10 +97,11 @@ class AgentConfig:
     """Discount; None: the environment family's."""
     n_step: int = 1
     """Steps summed before bootstrapping; 1, on Isaac Lab 3 [F]."""
-    learning_rate: float = 3e-4
-    """Adam's learning rate at the first step and at the top of the cosine [S, F]."""
-    target_rate: float = 0.01
-    """The target critic moves by this fraction after every update; 0.01 [F], 0.005 [S]."""
+    learning_rate: float | None = 3e-4
+    """Adam's learning rate at the first step and at the top of the cosine; 3e-4 [S, F]; None, as in `agent=flashsac`:
+    chosen from the hardware."""
+    target_rate: float | None = 0.01
+    """The target critic moves by this fraction after every update; 0.01 [F], 0.005 [S]; None: as above."""
     actor_every: int = 1
     """The actor and the temperature learn on every `actor_every`-th update, the first included; 2 [F], 1 [S]."""
     initial_alpha: float = 1.0
@@ -147,7 +148,7 @@ class SACConfig(AgentConfig):
     """Decoupled weight decay of actor and critic, biases and gains included (AdamW, arXiv 1711.05101)."""
     final_learning_rate: float | None = None
     """Adam's learning rate at the end of the cosine; None: the rate is constant."""
-    target_rate: float = 0.005
+    target_rate: float | None = 0.005
 
 
 @dataclass

@@ -132,6 +132,10 @@ class _Settling:
         network = "an update must stay cheap on few cores" if small else "published"
         self.settle("agent.critic_width", 64 if small else 256, network)
         self.settle("agent.actor_width", 32 if small else 128, "half the critic's, as published")
+        for key, published, faster in (("learning_rate", 3e-4, 3e-3), ("target_rate", 0.01, 0.03)):
+            if getattr(config.agent, key) is None:
+                rate = (faster, "small networks and few updates bear more") if small else (published, "published")
+                self.settle(f"agent.{key}", *rate)
         self.settle("agent.gamma", config.env.gamma, f"published for the {config.env.family} family")
         if config.agent.reward_scaling is None:
             bounded = config.critic.kind != "scalar"
@@ -325,7 +329,7 @@ def check(config: Config) -> None:
     for key, value in {"agent.gamma": config.agent.gamma, "env.gamma": config.env.gamma}.items():
         if value is not None and not 0 <= value < 1:
             raise ConfigurationError(f"{key}={value} is out of range; expected a discount in [0, 1)")
-    if not 0 < config.agent.target_rate <= 1:
+    if config.agent.target_rate is not None and not 0 < config.agent.target_rate <= 1:
         raise ConfigurationError(f"agent.target_rate={config.agent.target_rate} is out of range; expected (0, 1]")
     for key in ("replay.priority_exponent", "replay.importance_exponent"):
         if not 0 <= _value(config, key) <= 1:

@@ -57,10 +57,22 @@ def test_choices_of_an_earlier_start_are_reused_even_if_the_budget_changed() -> 
     after, choices = resolve(compose(["env_steps=500000"]), again)
     assert (after.replay, after.threads, after.compile) == (before.replay, before.threads, before.compile)
     warned = {choice.what for choice in choices if choice.warning}
-    assert warned == {"threads", "compile", "replay.minimum", "agent.critic_width", "agent.actor_width"} | {
+    sizes = {"agent.critic_width", "agent.actor_width", "agent.learning_rate", "agent.target_rate"}
+    assert warned == {"threads", "compile", "replay.minimum"} | sizes | {
         "replay.batch_size",
         "env.threads",
     }
+
+
+def test_rates_are_the_published_ones_where_the_rest_is_published() -> None:
+    def rates(*overrides: str, **changes: object) -> tuple[float | None, float | None]:
+        agent = resolve(compose(list(overrides)), machine(**changes))[0].agent
+        return agent.learning_rate, agent.target_rate
+
+    assert rates() == (3e-3, 0.03) and rates("agent.learning_rate=1e-3") == (1e-3, 0.03)
+    assert rates("preset=paper_cpu") == rates("preset=paper_gpu") == (3e-4, 0.01)
+    assert rates(cores=64) == rates(device="cuda", device_gigabytes=40.0) == (3e-4, 0.01)
+    assert rates("agent=sac") == (3e-4, 0.005)
 
 
 def test_the_replay_does_not_depend_on_the_budget() -> None:

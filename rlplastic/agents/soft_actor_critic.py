@@ -186,10 +186,11 @@ class SoftActorCritic(ABC, Generic[L]):
 
     def learning_rate(self, index: int, budget_used: float) -> float:
         """The rate of an optimizer's ``index``-th step (from 0): constant unless there is a final one."""
-        if self.config.final_learning_rate is None:
-            return self.config.learning_rate
-        position = steps.position_of(index, budget_used, self._planned_updates)
-        return steps.learning_rate(position, self.config.learning_rate, self.config.final_learning_rate)
+        first, last = self.config.learning_rate, self.config.final_learning_rate
+        assert first is not None, "resolve the configuration first"
+        if last is None:
+            return first
+        return steps.learning_rate(steps.position_of(index, budget_used, self._planned_updates), first, last)
 
     def norms(self) -> dict[str, Tensor]:
         """Nothing where no norm is bounded."""
