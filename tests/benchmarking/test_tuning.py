@@ -39,11 +39,13 @@ def test_every_arm_differs_from_the_preset_in_what_its_name_says(rank: ModuleTyp
             "batch": config.replay.batch_size,
             "width": config.agent.critic_width,
             "ratio": config.replay_ratio,
+            "rates": (config.agent.learning_rate, config.agent.target_rate),
             "compile": config.compile,
         }
 
     auto = settings(grid.arms["auto"])
-    assert auto == {"envs": 8, "batch": 256, "width": 64, "ratio": 0.5, "compile": "on"}  # the grid's question says so
+    said = {"envs": 8, "batch": 256, "width": 64, "ratio": 0.5, "rates": (3e-3, 0.03), "compile": "on"}
+    assert auto == said, "the grid's question says so"
     for arm, words in grid.arms.items():
         changed = {key for key, value in settings(words).items() if value != auto[key]}
         assert changed == (set() if arm == "auto" else {"compile" if arm == "eager" else arm.split("_")[0]}), arm
