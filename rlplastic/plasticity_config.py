@@ -92,7 +92,8 @@ class MonitorConfig:
     recovery_updates: int | None = None
     """The recovery window after a commit; None: 5,000, at most a 10th of the planned updates."""
     cooldown: int | None = None
-    """Updates after a decision in which no other is taken; None: 5,000, at most a 20th of the planned ones."""
+    """Updates after a decision in which no other is taken, but after a drop that leaves larger ones; None: 5,000,
+    at most a 20th of the planned ones."""
     scheduled_every: int = 50_000
     """Between scheduled interventions."""
     scheduled_intervention: str = "full_reset"

@@ -260,7 +260,8 @@ class PlasticityMonitor(Generic[L]):
             return
         branch = self.host.branch()
         patients = self.host.patients(branch, updates)
-        applied = {part: intervention_of(chosen)(patients[part], key) for part in _treated(chosen, name, patients)}
+        treated = _treated(chosen, name, patients)
+        applied = [intervention_of(chosen)(patients[network], key).evidence() for network in treated]
         self.case = Case(branch, name, chosen, found.worst, updates, updates + self.rules.verify_updates)
         self._tell(
             "branch",
@@ -268,7 +269,7 @@ class PlasticityMonitor(Generic[L]):
             f"a {wording.treatment(chosen, name)} is tried on a branch for {self.rules.verify_updates:,} updates; the "
             "untouched learner goes on acting",
             tried=tried,
-            applied=[part.evidence() for part in applied.values()],
+            applied=applied,
         )
 
     # Verify

@@ -199,13 +199,12 @@ def test_a_branch_that_fell_ill_again_is_dropped_at_once_and_the_next_alarm_trie
 def test_a_reset_of_the_agent_treats_all_its_networks_when_one_of_them_is_ill(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both: dict[int, dict[str, nn.Module]] = {}
+    actor = fresh(2)
 
     def patients(learner: nn.Module | None, updates: int) -> Mapping[str, Patient]:
         found = Toy.patients(toy, learner, updates)
         if learner is None:
             return found
-        actor = both.setdefault(id(learner), {"actor": fresh(2)})["actor"]
         states = (torch.linspace(-1, 1, 64).reshape(32, 2),)
         return {**found, "actor": Patient("actor", actor, torch.optim.Adam(actor.parameters()), fresh, states)}
 
@@ -216,7 +215,6 @@ def test_a_reset_of_the_agent_treats_all_its_networks_when_one_of_them_is_ill(
     (branch,) = [event for event in toy.events if event["event"] == "branch"]
     assert [applied["patient"] for applied in branch["applied"]] == ["critic", "actor"]
     assert "full reset of all networks" in branch["sentence"]
-    ((actor,),) = [networks.values() for networks in both.values()]
     assert not any(torch.equal(now, then) for now, then in zip(actor.parameters(), fresh(2).parameters(), strict=True))
     assert toy.treated == ("critic", "actor") and toy.told[-2][0] == "committed"
 
