@@ -14,7 +14,7 @@ from omegaconf import MISSING
 from rlplastic.command_line import leave, parse, run_verb
 from rlplastic.errors import ConfigurationError, nearest
 
-SUBJECTS = ("replay", "loop", "scaling", "update", "monitor", "export", "time_to_return")
+SUBJECTS = ("replay", "kernels", "loop", "scaling", "update", "monitor", "export", "time_to_return")
 """Modules of `rlplastic.benchmarking`; each has ``measure(options) -> rows`` and a ``CAPTION``."""
 CRITICS = ("categorical", "flow")
 """Whose updates are measured."""
@@ -29,10 +29,10 @@ class Arguments:
     """Measure a part of rlplastic on this machine; leave it idle meanwhile."""
 
     what: str = MISSING
-    """replay (sampling beside Stable-Baselines3 and TorchRL, if installed), loop (without learning, beside raw
-    envpool), scaling (of both with environments and capacity), update (beside its own matrix products), monitor (what
-    watching plasticity costs), export (one action of an exported policy beside torch) or time_to_return (a training
-    beside one of every peer, in a checkout)."""
+    """replay (sampling beside Stable-Baselines3 and TorchRL, if installed), kernels (of a GPU, beside torch's
+    operations), loop (without learning, beside raw envpool), scaling (of both with environments and capacity), update
+    (beside its own matrix products), monitor (what watching plasticity costs), export (one action of an exported policy
+    beside torch) or time_to_return (a training beside one of every peer, in a checkout)."""
     out: str | None = None
     """JSON file for the numbers."""
     threads: int | None = None

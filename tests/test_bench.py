@@ -18,7 +18,7 @@ COLUMNS = {
     "scaling": ["part", "size", "us", "relative", "of raw"],
     "monitor": ["agent", "width", "batch", "update ms", "forward ms", "ranks ms", "share"],
     "export": ["width", "runtime", "p50 us", "p99 us", "p99 below 1 ms"],
-    "update": ["agent", "width", "batch", "precision", "compile", "update ms", "floor ms", "ratio", "GFLOP"],
+    "update": ["agent", "width", "batch", "precision", "compile", "graphs", "update ms", "floor ms", "ratio", "GFLOP"],
 }
 QUICK = ["quick=true", "repeats=2", "threads=1"]
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlplastic.acceleration import barrier, compiled
 from rlplastic.agents import make_agent
+from rlplastic.agents.graphs import WARM_UP, Record, cuda_graph
 from rlplastic.benchmarking.timing import interleaved
 from rlplastic.composition import compose
 from rlplastic.machine import probe_machine
@@ -31,6 +32,8 @@ CAPTION = (
 )
 SIZES = {"flashsac": [(256, 512), (128, 256), (64, 256)], "sac": [(256, 256), (128, 128)]}
 """Width of the critic, and batch: published, smaller, `preset=auto` on few cores; for plain SAC usual, and smaller."""
+GPU_SIZES = {"flashsac": [(256, 2048)], "sac": [(256, 256)]}
+"""On a GPU: published, and usual."""
 COUNTS = (1, 2, 4, 8)
 """Steps and noises of flow critics; 8 and 8 are published."""
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
@@ -40,6 +43,8 @@ Product = tuple[Any, list[tuple[torch.Size, tuple[int, ...], torch.dtype]]]
 def measure(options: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - the verb's arguments
     """A row for every size and precision, compiled where a compiler is found, and eager; quick: eager only.
 
+    On a GPU there is a row for either as a CUDA graph, too, and the floor is that of a graph of the products.
+
     Compiling takes about a minute for each row. Of flow critics there is a row for every number of steps and of noises,
     eager only: the ratio is what is asked for, and 16 of their losses would compile for an hour.
     """
@@ -48,15 +53,21 @@ def measure(options: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - the verb's 
         counts = COUNTS[:2] if options.quick else COUNTS
         width, batch = (32, 64) if options.quick else (64, 256)
         return _flow_rows(width, batch, counts, options.repeats)
-    eager = options.quick or (machine.compiler is None and machine.device == "cpu")
-    modes = ["off"] if eager else ["on", "off"]
+    on_cpu = machine.device == "cpu"
+    eager = options.quick or (machine.compiler is None and on_cpu)
+    ways = [(compile, graphs) for compile in (["off"] if eager else ["on", "off"]) for graphs in _graphs(on_cpu)]
+    plain = ["float32"] if on_cpu else ["tf32"]
     return [
-        _row(agent, width, batch, precision, mode, options.repeats)
-        for agent, sizes in SIZES.items()
+        _row(agent, width, batch, precision, compile, graphs, options.repeats)
+        for agent, sizes in (SIZES if on_cpu else GPU_SIZES).items()
         for width, batch in ([(32, 64)] if options.quick else sizes)
-        for precision in (["bf16"] if machine.bf16_hardware and agent != "sac" else []) + ["float32"]
-        for mode in modes
+        for precision in (["bf16"] if machine.bf16_hardware and agent != "sac" else []) + plain
+        for compile, graphs in ways
     ]
+
+
+def _graphs(on_cpu: bool) -> list[str]:
+    return ["off"] if on_cpu else ["on", "off"]
 
 
 def _flow_rows(width: int, batch: int, counts: Sequence[int], repeats: int) -> list[dict[str, Any]]:
@@ -67,7 +78,7 @@ def _flow_rows(width: int, batch: int, counts: Sequence[int], repeats: int) -> l
         (0, 0): ["critic=categorical"],
         **{(k, m): ["critic=flow", f"critic.steps={k}", f"critic.noises={m}"] for k, m in flows},
     }
-    agents = {key: _agent("flashsac", width, batch, critic) for key, critic in overrides.items()}
+    agents = {key: agent_of("flashsac", width, batch, critic) for key, critic in overrides.items()}
     works = {key: partial(_two, agent, drawn) for key, agent in agents.items()}
     times = {key: time / 2e3 for key, time in interleaved(works, repeats, wait=barrier(machine.device)).items()}
     return [
@@ -85,40 +96,58 @@ def _flow_rows(width: int, batch: int, counts: Sequence[int], repeats: int) -> l
     ]
 
 
-def _agent(
+def agent_of(
     name: str,
     width: int,
     batch: int,
     overrides: Sequence[str],
     compile: Callable[[Any], Any] = lambda function: function,
+    record: Record | None = None,
 ) -> Any:  # noqa: ANN401 - an agent, of which `Agent` shows less
+    """An agent of Humanoid's sizes on this machine; ``compile`` and ``record`` are what `make_agent` takes."""
     actor = width if name == "sac" else width // 2
     sizes = [f"agent.critic_width={width}", f"agent.actor_width={actor}", f"replay.batch_size={batch}"]
     config, _ = resolve(compose([f"agent={name}", *sizes, *overrides, "compile=off"]), probe_machine("auto"))
-    return make_agent(config, {"policy": OBSERVATIONS}, ACTIONS, compile)
+    return make_agent(config, {"policy": OBSERVATIONS}, ACTIONS, compile, record=record)
 
 
-def _row(name: str, width: int, batch: int, precision: str, mode: str, repeats: int) -> dict[str, Any]:
+def _row(name: str, width: int, batch: int, precision: str, compile: str, graphs: str, repeats: int) -> dict[str, Any]:
     machine = probe_machine("auto")
-    agent_with = partial(_agent, name, width, batch, [f"precision={precision}"])
+    agent_with = partial(agent_of, name, width, batch, [f"precision={precision}"])
     drawn = _batch(batch, machine.device)
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     products = _products(lambda: _two(agent_with(), drawn))
-    replay = _replay(products, machine.device)
-    agent = agent_with(compiled if mode == "on" else lambda function: function)
-    works = {"update": lambda: _two(agent, drawn), "floor": replay}
+    floor = _replay(products, machine.device)
+    if machine.device != "cpu":
+        floor = _as_graph(floor)
+    transform = compiled if compile == "on" else lambda function: function
+    agent = agent_with(transform, cuda_graph if graphs == "on" else None)
+    for _ in range(2 * WARM_UP):  # of a recorder, too
+        _two(agent, drawn)
+    works = {"update": lambda: _two(agent, drawn), "floor": floor}
     times = interleaved(works, repeats, wait=barrier(machine.device))
-    update, floor = (times[name] / 2e3 for name in ("update", "floor"))
+    update_ms, floor_ms = (times[name] / 2e3 for name in ("update", "floor"))
     return {
         "agent": name,
         "width": width,
         "batch": batch,
         "precision": precision,
-        "compile": mode,
-        "update ms": update,
-        "floor ms": floor,
-        "ratio": update / floor,
+        "compile": compile,
+        "graphs": graphs,
+        "update ms": update_ms,
+        "floor ms": floor_ms,
+        "ratio": update_ms / floor_ms,
         "GFLOP": sum(_flop(product) for product in products) / 2e9,
     }
+
+
+def _as_graph(work: Callable[[], None]) -> Callable[[], None]:
+    """The same as one launch, so that a floor on a GPU is one of products, and not of launches."""
+    work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 def _batch(size: int, device: str) -> Batch:

@@ -14,7 +14,7 @@ from rlplastic.config import CategoricalCriticConfig, FlashSACConfig
 OBSERVATIONS, ACTIONS, ROWS, UPDATES = 6, 2, 32, 100
 
 
-def agent_of(bf16: bool, compile=lambda function: function) -> FlashSAC:
+def agent_of(bf16: bool, compile=lambda function: function, device: str = "cpu") -> FlashSAC:
     settings = FlashSACConfig(critic_width=16, actor_width=8, num_blocks=1, gamma=0.99)
     return FlashSAC(
         {"policy": OBSERVATIONS},
@@ -23,21 +23,24 @@ def agent_of(bf16: bool, compile=lambda function: function) -> FlashSAC:
         settings,
         CategoricalCriticConfig(num_atoms=21),
         bf16=bf16,
+        kernels="triton" if device == "cuda" else "torch",
+        device=device,
         compile=compile,
     )
 
 
-def inputs_of(index: int) -> Inputs:
+def inputs_of(index: int, device: torch.device) -> Inputs:
     rng = seeding.generator("cpu", 0, "batch", index)
     observations = torch.randn(2, ROWS, OBSERVATIONS, generator=rng)
+    now, later = observations.to(device)
     return Inputs(
-        observation=observations[0],
-        next_observation=observations[1],
-        critic_observation=observations[0],
-        next_critic_observation=observations[1],
-        action=torch.rand(ROWS, ACTIONS, generator=rng) * 2 - 1,
-        reward=torch.randn(ROWS, generator=rng) / 10,
-        discount=torch.full((ROWS,), 0.99),
+        observation=now,
+        next_observation=later,
+        critic_observation=now,
+        next_critic_observation=later,
+        action=(torch.rand(ROWS, ACTIONS, generator=rng) * 2 - 1).to(device),
+        reward=(torch.randn(ROWS, generator=rng) / 10).to(device),
+        discount=torch.full((ROWS,), 0.99, device=device),
     )
 
 
@@ -46,25 +49,27 @@ def updated(agent: FlashSAC, first: int, last: int) -> list[dict[str, float]]:
     told = []
     for index in range(first, last):
         rng = seeding.generator("cpu", 0, "noise", index)
-        noise = torch.randn(3 * ROWS, ACTIONS, generator=rng)
+        noise = torch.randn(3 * ROWS, ACTIONS, generator=rng).to(agent.device)
         actor_noise = noise[: 2 * ROWS] if agent.actor_is_due else None
-        metrics = agent.update_with(inputs_of(index), actor_noise, noise[2 * ROWS :], 0.0)
+        metrics = agent.update_with(inputs_of(index, agent.device), actor_noise, noise[2 * ROWS :], 0.0)
         told.append({name: float(value) for name, value in metrics.items()})
     return told
 
 
 @pytest.mark.parametrize(
-    ("bf16", "tolerance"),
+    ("bf16", "tolerance", "device"),
     [
-        pytest.param(False, 1e-5, id="float32"),
+        pytest.param(False, 1e-5, "cpu", id="float32"),
+        # A GPU's compiled sums and products are made in another order than its eager ones, and updates add up.
+        pytest.param(False, 1e-3, "cuda", id="float32 on a GPU", marks=pytest.mark.gpu),
         # A compiler keeps in float32 what eager execution rounds between two operations.
-        pytest.param(True, 5e-2, id="bf16", marks=pytest.mark.slow),
+        pytest.param(True, 5e-2, "cpu", id="bf16", marks=pytest.mark.slow),
     ],
 )
 def test_compiled_equals_eager_over_100_updates_and_compiles_nothing_after_the_second(
-    bf16: bool, tolerance: float
+    bf16: bool, tolerance: float, device: str
 ) -> None:
-    eager, compiled = agent_of(bf16), agent_of(bf16, compiler)
+    eager, compiled = agent_of(bf16, device=device), agent_of(bf16, compiler, device)
     found = updated(compiled, 0, 2)
     with torch.compiler.set_stance("fail_on_recompile"):
         found += updated(compiled, 2, UPDATES)
