@@ -70,11 +70,11 @@ class MonitorConfig:
             "redo",
             "last_layer_reset",
             "shrink_and_perturb",
-            "full_reset",
             "agent_reset",
         ]
     )
-    """Interventions in the order in which they are tried, smallest first; agent_reset renews all networks and alpha."""
+    """Interventions in the order in which they are tried, smallest first; agent_reset renews all networks and alpha.
+    A full_reset of one network is left out: where one was needed, it left a policy that had gone astray with its critic."""
     max_interventions: int = 4
     """Commits in a run; 0: probe, but never act."""
     budget: float = 0.15

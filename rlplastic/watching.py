@@ -36,7 +36,7 @@ from rlplastic.config import Config
 from rlplastic.plasticity import Past, measure, snapshot, uninformative
 from rlplastic.plasticity.decision_loop import PlasticityMonitor
 from rlplastic.plasticity.interventions import full_reset
-from rlplastic.plasticity.monitor import Evidence, Rules
+from rlplastic.plasticity.monitor import Evidence, Rules, unaided_returns
 from rlplastic.plasticity.patient import Patient
 from rlplastic.plasticity.ranks import effective_rank
 from rlplastic.plasticity.representation import relative_churn, value_bias
@@ -76,6 +76,7 @@ class Common:
     policy_observation: Tensor
     action: Tensor
     returns: Tensor
+    unaided: Tensor
     frozen: Tensor
     source: str
 
@@ -357,6 +358,7 @@ class Watcher:
             short.observation,
             short.action,
             returns=td_targets(self.agent, long),
+            unaided=unaided_returns(long.reward, long.discount),
             frozen=td_targets(self.agent, short),
             source=source,
         )
@@ -375,7 +377,7 @@ class Watcher:
             actions = [torch.tanh(policy_mean(agent, common.policy_observation)) for agent in (self.agent, branch)]
             first, second = (float(critic_values(self._frozen_critic, common.observation, a).mean()) for a in actions)
             worth = first, second
-        return Evidence(twin, other, common.returns, common.frozen, common.source, worth)
+        return Evidence(twin, other, common.returns, common.frozen, common.source, worth, common.unaided)
 
     def adopt(self, branch: Agent) -> None:
         """In place, so that compiled steps and references stay valid; what was there is kept."""
@@ -456,7 +458,9 @@ class Watcher:
             self._branch.load_learned_state(learned)
             self._frozen_critic = copy.deepcopy(self.agent.learner.target_critic)
             self._frozen_critic.load_state_dict(part(tensors, "frozen."))
-            self._common = Common(**part(tensors, "common."), source=document["source"])
+            common = part(tensors, "common.")
+            common.setdefault("unaided", common["returns"])  # not saved by earlier versions
+            self._common = Common(**common, source=document["source"])
         self._monitor.load_state_dict(document["monitor"], self._branch)
 
 

@@ -73,7 +73,6 @@ class Rules:
         "redo",
         "last_layer_reset",
         "shrink_and_perturb",
-        "full_reset",
         AGENT_RESET,
     )
     max_interventions: int = 4
@@ -261,8 +260,10 @@ class Evidence:
         branch: those of the branch's.
         returns: (rows,) discounted returns of the data, bootstrapped where they are cut by the critic from before.
         frozen: (rows,) one-step targets of the target network from before the intervention.
-        policy: value by that network of the twin's and the branch's actions, where the policy was treated.
         source: where the transitions come from.
+        policy: value by that network of the twin's and the branch's actions, where the policy was treated.
+        unaided: (rows,) the returns bootstrapped with their own mean, in which no critic has a say; None where none
+            was cut.
     """
 
     twin: Tensor
@@ -271,6 +272,21 @@ class Evidence:
     frozen: Tensor
     source: str
     policy: tuple[float, float] | None = None
+    unaided: Tensor | None = None
+
+
+def unaided_returns(reward: Tensor, discount: Tensor) -> Tensor:
+    """Discounted sums of rewards, and where they were cut the mean of what this gives for all rows.
+
+    Args:
+        reward: (rows,) what was summed.
+        discount: (rows,) of what follows, 0 where the episode terminated.
+
+    Returns:
+        (rows,) reward + discount m, whose mean is m = mean(reward) / (1 - mean(discount)).
+    """
+    following = reward.double().mean() / (1 - discount.double().mean())
+    return reward + discount * following.to(reward.dtype)
 
 
 @dataclass(frozen=True)
@@ -319,12 +335,14 @@ def verify(evidence: Evidence, found: Probe, rules: Rules) -> Verdict:
 
     Never by a branch's own target, which a critic copied from it would meet perfectly. The frozen target binds both to
     what the critic knew before, beyond the returns of old policies; an ill critic's knows nothing, and then does not
-    count.
+    count, neither alone nor at the end of returns that were cut.
     """
-    twin = standing(evidence.twin, evidence.returns, evidence.frozen)
-    branch = standing(evidence.branch, evidence.returns, evidence.frozen)
-    missed = (evidence.frozen.double() - evidence.returns.double()).square().mean()
-    frozen_counts = bool(missed < evidence.returns.double().var(correction=0))
+    unaided = evidence.returns if evidence.unaided is None else evidence.unaided
+    missed = (evidence.frozen.double() - unaided.double()).square().mean()
+    frozen_counts = bool(missed < unaided.double().var(correction=0))
+    returns = evidence.returns if frozen_counts else unaided
+    twin = standing(evidence.twin, returns, evidence.frozen)
+    branch = standing(evidence.branch, returns, evidence.frozen)
     margin, objections = rules.value_margin, []
     if not found.worst <= rules.healthy:
         objections.append(f"it learns {in_words(found.worst)}")

@@ -12,7 +12,18 @@ from torch import Tensor, nn
 
 from rlplastic.errors import ConfigurationError
 from rlplastic.plasticity import monitor
-from rlplastic.plasticity.monitor import AGENT_RESET, Evidence, Rules, act, is_ill, probe, screen, verify, worst_of
+from rlplastic.plasticity.monitor import (
+    AGENT_RESET,
+    Evidence,
+    Rules,
+    act,
+    is_ill,
+    probe,
+    screen,
+    unaided_returns,
+    verify,
+    worst_of,
+)
 from rlplastic.plasticity.patient import Patient, hidden_layers
 from rlplastic.plasticity.probe import Probe
 
@@ -233,6 +244,36 @@ def test_an_ill_critics_frozen_target_does_not_bind_what_replaces_it() -> None:
     verdict = case.verdict(ill, new)
     assert not verdict.frozen_counts
     assert verdict.accepted and verdict.better and verdict.gain > 0.9
+
+
+def test_an_ill_critic_has_no_say_at_the_end_of_returns_that_were_cut_either() -> None:
+    """It says millions of what follows, so returns that end in it would be its own values."""
+    case = Judged()
+    wild = 1e6 * case.noise.double()
+    twin, branch = wild, case.returns + case.noise
+    cut = Evidence(twin, branch, case.returns + 0.05 * wild, wild, "held-out episodes")
+    assert "it orders transitions worse by their returns" in verify(cut, probed(1.0), RULES).objections
+    verdict = verify(replace(cut, unaided=case.returns), probed(1.0), RULES)
+    assert verdict.accepted and verdict.better and not verdict.frozen_counts
+
+
+def test_a_healthy_critics_word_counts_at_the_end_of_returns_that_were_cut() -> None:
+    case = Judged()
+    evidence = Evidence(case.returns, case.returns, case.returns, case.frozen, "held-out episodes")
+    verdict = verify(replace(evidence, unaided=case.returns + 0.2 * case.noise), probed(1.0), RULES)
+    assert verdict.frozen_counts and verdict.branch.return_error == 0.0
+
+
+def test_returns_without_a_critic_are_exact_where_rewards_are_constant_and_have_the_mean_that_they_end_in() -> None:
+    discount = 0.99 ** torch.tensor([1.0, 3.0, 40.0, 300.0])
+    constant = unaided_returns(2 * (1 - discount) / 0.01, discount)
+    torch.testing.assert_close(constant, torch.full((4,), 200.0), rtol=1e-5, atol=0)
+    rng = torch.Generator().manual_seed(0)
+    reward, discount = torch.randn(500, generator=rng), torch.rand(500, generator=rng)
+    discount[:50] = 0
+    returns = unaided_returns(reward, discount)
+    torch.testing.assert_close(returns[:50], reward[:50])
+    torch.testing.assert_close(returns, reward + discount * returns.mean(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_branch_that_forgot_the_order_of_returns_is_rejected() -> None:
