@@ -8,6 +8,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+import torch._functorch.config
 
 from rlplastic.agents.graphs import Record, cuda_graph
 from rlplastic.config import Config
@@ -39,7 +40,12 @@ def compiled(function: FunctionType) -> Callable[..., Any]:
     hooks stay what they were, that is not done: it took a fifteenth of an update at width 64. Therefore the compiled
     code belongs to this function alone, and not to all that were made of the same source: another agent's networks may
     have other depths.
+
+    What was compiled is found again by the next process on this machine (torch's caches, which are keyed by what was
+    traced). By default they leave out whatever holds a custom autograd function, as our losses do: a second start took
+    19 seconds for the first two updates on two cores, and takes 11 with them.
     """
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     own = FunctionType(
         function.__code__.replace(),
         function.__globals__,

@@ -74,7 +74,7 @@ class MonitorConfig:
         ]
     )
     """Interventions in the order in which they are tried, smallest first; agent_reset renews all networks and alpha.
-    A full_reset of one network is left out: where one was needed, it left a policy that had gone astray with its critic."""
+    A full_reset of one network is left out: it leaves a policy that went astray with its critic."""
     max_interventions: int = 4
     """Commits in a run; 0: probe, but never act."""
     budget: float = 0.15

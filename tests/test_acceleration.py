@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,3 +52,41 @@ def test_recordings_are_for_one_process_on_a_gpu() -> None:
     assert acceleration.recorder(config) is cuda_graph
     config.cuda_graphs = False
     assert acceleration.recorder(config) is None
+
+
+DOUBLED = """
+import sys
+import torch
+from torch._dynamo.utils import counters
+from rlplastic.acceleration import compiled
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, slope):
+        ctx.slope = slope
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.slope, None
+
+def loss(x):
+    return Doubled.apply(x, float(sys.argv[1])).sum()
+
+x = torch.ones(3, requires_grad=True)
+compiled(loss)(x).backward()
+print(x.grad.tolist(), counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_what_was_compiled_is_found_again_by_the_next_process_and_only_that(tmp_path: Path) -> None:
+    """Torch's cache leaves out custom autograd functions unless it is told; they must be told apart by what they do."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    told = []
+    for slope in ("3", "3", "5"):
+        command = [sys.executable, "-c", DOUBLED, slope]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        told.append(done.stdout)
+    assert told == ["[3.0, 3.0, 3.0] 0\n", "[3.0, 3.0, 3.0] 1\n", "[5.0, 5.0, 5.0] 0\n"]
