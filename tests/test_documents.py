@@ -52,6 +52,8 @@ NOT_RUN = {
     "python benchmarks/": "experiments, which take hours",
     "hydra/": "needs launchers and sweepers that the gate does not install",
     "test_ahead_of_time": "a test of its own",
+    "test_gpu_runs": "needs a GPU",
+    "test_graphs": "the gate runs it",
     "what=": "tests/benchmarking runs every subject",
     "state=model": "tests/test_diagnose.py does it with a network of its own",
     "mjcf=": "needs the model of a robot; tests/playing does it",
