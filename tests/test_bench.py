@@ -72,15 +72,17 @@ def test_a_quick_measurement_ends_with_a_table_and_the_same_as_json(
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_flow_critics_are_measured_by_steps_and_noises_beside_the_categorical_one(tmp_path: Path) -> None:
+def test_flow_critics_are_measured_by_steps_and_noises_beside_the_others_of_both_agents(tmp_path: Path) -> None:
     main(["what=update", "critic=flow", f"out={tmp_path / 'bench.json'}", *QUICK])
-    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert [(row["steps"], row["noises"]) for row in rows] == [(1, 1), (1, 2), (2, 1), (2, 2)]
-    assert len({row["categorical ms"] for row in rows}) == 1
-    for row in rows:
-        assert row["ratio"] == pytest.approx(row["update ms"] / row["categorical ms"])
-    work = [row["GFLOP"] for row in rows]
-    assert work[0] < work[1] < work[3] and work[0] < work[2] < work[3]
+    both = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [row["agent"] for row in both] == ["flashsac"] * 4 + ["sac"] * 4
+    for rows in (both[:4], both[4:]):
+        assert [(row["steps"], row["noises"]) for row in rows] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+        assert len({(row["categorical ms"], row["scalar ms"]) for row in rows}) == 1
+        for row in rows:
+            assert row["times categorical"] == pytest.approx(row["update ms"] / row["categorical ms"])
+        work = [row["GFLOP"] for row in rows]
+        assert work[0] < work[1] < work[3] and work[0] < work[2] < work[3]
 
 
 def test_peers_that_are_not_installed_are_left_out_and_told(

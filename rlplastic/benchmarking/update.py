@@ -1,6 +1,6 @@
 """Time of one update against its arithmetic floor: the matrix products of the same update, done alone.
 
-With ``critic=flow``: of FlashSAC's updates with flow critics, by steps and noises, against the categorical critic's.
+With ``critic=flow``: of updates with flow critics, by steps and noises, against those with categorical and scalar ones.
 
 The products are those that two updates (one with an actor step) really do, recorded from an eager run with their
 shapes, strides and precision; the floor is the time that they take one after the other on tensors that lie ready.
@@ -28,7 +28,7 @@ from rlplastic.replay.sample import Batch
 OBSERVATIONS, ACTIONS = 348, 17
 CAPTION = (
     "Milliseconds per update, median; FlashSAC's actor learns every second time. floor: the same products alone; "
-    "categorical: the same agent with the categorical critic."
+    "categorical, scalar: the same agent with that critic."
 )
 SIZES = {"flashsac": [(256, 512), (128, 256), (64, 256)], "sac": [(256, 256), (128, 128)]}
 """Width of the critic, and batch: published, smaller, `preset=auto` on few cores; for plain SAC usual, and smaller."""
@@ -50,9 +50,7 @@ def measure(options: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - the verb's 
     """
     machine = probe_machine("auto")
     if options.critic == "flow":
-        counts = COUNTS[:2] if options.quick else COUNTS
-        width, batch = (32, 64) if options.quick else (64, 256)
-        return _flow_rows(width, batch, counts, options.repeats)
+        return _flow_rows(COUNTS[:2] if options.quick else COUNTS, options.quick, options.repeats)
     on_cpu = machine.device == "cpu"
     eager = options.quick or (machine.compiler is None and on_cpu)
     ways = [(compile, graphs) for compile in (["off"] if eager else ["on", "off"]) for graphs in _graphs(on_cpu)]
@@ -70,30 +68,38 @@ def _graphs(on_cpu: bool) -> list[str]:
     return ["off"] if on_cpu else ["on", "off"]
 
 
-def _flow_rows(width: int, batch: int, counts: Sequence[int], repeats: int) -> list[dict[str, Any]]:
+def _flow_rows(counts: Sequence[int], quick: bool, repeats: int) -> list[dict[str, Any]]:
     machine = probe_machine("auto")
-    drawn = _batch(batch, machine.device)
-    flows = [(steps, noises) for steps in counts for noises in counts]
-    overrides = {
-        (0, 0): ["critic=categorical"],
-        **{(k, m): ["critic=flow", f"critic.steps={k}", f"critic.noises={m}"] for k, m in flows},
+    flows = {
+        (steps, noises): ["critic=flow", f"critic.steps={steps}", f"critic.noises={noises}"]
+        for steps in counts
+        for noises in counts
     }
-    agents = {key: agent_of("flashsac", width, batch, critic) for key, critic in overrides.items()}
-    works = {key: partial(_two, agent, drawn) for key, agent in agents.items()}
-    times = {key: time / 2e3 for key, time in interleaved(works, repeats, wait=barrier(machine.device)).items()}
-    return [
-        {
-            "width": width,
-            "batch": batch,
-            "steps": steps,
-            "noises": noises,
-            "update ms": times[steps, noises],
-            "categorical ms": times[0, 0],
-            "ratio": times[steps, noises] / times[0, 0],
-            "GFLOP": sum(map(_flop, _products(works[steps, noises]))) / 2e9,
-        }
-        for steps, noises in flows
-    ]
+    rows = []
+    for name in ("flashsac", "sac"):
+        width, batch = (32, 64) if quick else (64, 256)
+        kinds = {kind: [f"critic={kind}"] for kind in ("categorical", "scalar")}
+        overrides: dict[Any, list[str]] = dict(kinds)
+        overrides.update(flows)
+        drawn = _batch(batch, machine.device)
+        works = {key: partial(_two, agent_of(name, width, batch, words), drawn) for key, words in overrides.items()}
+        times = {key: time / 2e3 for key, time in interleaved(works, repeats, wait=barrier(machine.device)).items()}
+        rows += [
+            {
+                "agent": name,
+                "width": width,
+                "batch": batch,
+                "steps": steps,
+                "noises": noises,
+                "update ms": times[steps, noises],
+                "categorical ms": times["categorical"],
+                "scalar ms": times["scalar"],
+                "times categorical": times[steps, noises] / times["categorical"],
+                "GFLOP": sum(map(_flop, _products(works[steps, noises]))) / 2e9,
+            }
+            for steps, noises in flows
+        ]
+    return rows
 
 
 def agent_of(
