@@ -193,7 +193,7 @@ def _train(
         progress = Progress(**loaded.documents["progress"])
         if Budget(config.env_steps, config.max_minutes).spent(progress):
             return _finished(loaded, directory, view)
-    transform = acceleration.apply(config)
+    transform = acceleration.apply(config, proven=loaded is not None)
     factory = partial(make_agent, compile=transform, record=acceleration.recorder(config))
     session = build(config, directory, factory, store, group)
     session.watch = Stopwatch(began, acceleration.barrier(config.device) if config.profile else None)

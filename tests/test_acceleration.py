@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,48 @@ def test_recordings_are_for_one_process_on_a_gpu() -> None:
     assert acceleration.recorder(config) is cuda_graph
     config.cuda_graphs = False
     assert acceleration.recorder(config) is None
+
+
+def by_another(change: Callable[[Tensor], Tensor]) -> Callable[..., Callable[..., tuple[Tensor, int]]]:
+    """A stand-in for `torch.compile` that makes something else of a loss."""
+
+    def compile(function: Callable[..., tuple[Tensor, int]], **_options: object) -> Callable[..., tuple[Tensor, int]]:
+        def other(*arguments: object) -> tuple[Tensor, int]:
+            value, told = function(*arguments)
+            return change(value), told
+
+        return other
+
+    return compile
+
+
+def counted(network: nn.BatchNorm1d, x: Tensor, power: int) -> tuple[Tensor, int]:
+    return network(x).pow(power).sum(), power
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"), [(lambda v: 2 * v, "100%"), (lambda v: v * torch.nan, "nan%"), (lambda v: -v, "200%")]
+)
+def test_a_compiler_that_gets_the_gradient_wrong_is_found_at_the_first_call(
+    change: Callable[[Tensor], Tensor], difference: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", by_another(change))
+    network, x = nn.BatchNorm1d(3), torch.randn(8, 3)
+    sentence = f"compile=on makes another gradient of counted than plain torch .* differ by {difference}.*compile=off"
+    with pytest.raises(ConfigurationError, match=sentence):
+        acceleration.compiled(counted)(network, x, 3)
+    assert network.num_batches_tracked == 0, "a copy was tried"
+    value, _ = acceleration.compiled(counted, proven=True)(network, x, 3)
+    assert torch.isfinite(value) or difference == "nan%"
+
+
+def test_a_compiler_that_rounds_otherwise_is_trusted_and_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", by_another(lambda value: 1.05 * value))
+    network, x = nn.BatchNorm1d(3), torch.randn(8, 3)
+    loss = acceleration.compiled(counted)
+    for calls in (1, 2):
+        loss(network, x, 3)
+        assert network.num_batches_tracked == calls
 
 
 DOUBLED = """

@@ -1,15 +1,20 @@
-"""Compiled updates equal eager ones over 100 updates, and nothing is compiled again after the first two."""
+"""Compiled updates equal eager ones, of every agent and critic, and nothing is compiled again after the first two."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
+from batches import random_batch
 
 from rlplastic import seeding
 from rlplastic.acceleration import compiled as compiler
 from rlplastic.agents.flashsac import FlashSAC
+from rlplastic.agents.sac import SAC
 from rlplastic.agents.steps import Inputs
-from rlplastic.config import CategoricalCriticConfig, FlashSACConfig
+from rlplastic.config import CategoricalCriticConfig, FlashSACConfig, FlowCriticConfig, SACConfig, ScalarCriticConfig
 
 OBSERVATIONS, ACTIONS, ROWS, UPDATES = 6, 2, 32, 100
 
@@ -82,3 +87,34 @@ def test_compiled_equals_eager_over_100_updates_and_compiles_nothing_after_the_s
             continue
         allowed = tolerance * float(value.abs().max().clamp(min=1e-3))
         assert float((state[name] - value).abs().max()) <= allowed, name
+
+
+COMMON = {"critic_width": 16, "actor_width": 8, "gamma": 0.99}
+FLOW = FlowCriticConfig(steps=2, noises=2)
+MADE: dict[str, Callable[..., FlashSAC | SAC]] = {
+    "FlashSAC, scalar": partial(FlashSAC, agent=FlashSACConfig(**COMMON, num_blocks=1), critic=ScalarCriticConfig()),
+    "FlashSAC, flow": partial(FlashSAC, agent=FlashSACConfig(**COMMON, num_blocks=1), critic=FLOW),
+    "SAC, scalar": partial(SAC, agent=SACConfig(**COMMON), critic=ScalarCriticConfig()),
+    "SAC, categorical, layer norms, decay": partial(
+        SAC,
+        agent=SACConfig(**COMMON, layer_norm=True, weight_decay=0.01, reward_scaling=True),
+        critic=CategoricalCriticConfig(num_atoms=21),
+    ),
+    "SAC, flow": partial(SAC, agent=SACConfig(**COMMON, reward_scaling=True), critic=FLOW),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MADE)
+def test_other_agents_and_critics_compiled_equal_eager_ones_too(name: str) -> None:
+    dims = {"policy": OBSERVATIONS}
+    eager, compiled = (MADE[name](dims, ACTIONS, 1, compile=way) for way in (lambda function: function, compiler))
+    for index in range(20):
+        batch = random_batch(dims, ACTIONS, ROWS, index, kept=0.8)
+        ours, theirs = compiled.update(batch, 0.0), eager.update(batch, 0.0)
+        for key, value in theirs.items():
+            torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-4, msg=lambda told: f"{key}: {told}")  # noqa: B023
+    networks = compiled.learner
+    for module, other in ((networks.actor, eager.learner.actor), (networks.critic, eager.learner.critic)):
+        for (key, value), expected in zip(module.state_dict().items(), other.state_dict().values(), strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-4, msg=lambda told: f"{key}: {told}")  # noqa: B023
