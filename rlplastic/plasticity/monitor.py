@@ -28,6 +28,9 @@ from rlplastic.plasticity.representation import rank_correlation
 AGENT_RESET = "agent_reset"
 """A rung of the ladder: a full reset of all networks at once. A policy that followed an ill critic is as far astray,
 and its temperature with it: on HalfCheetah and Walker2d a fresh critic alone did not help (docs/experiments.md)."""
+CHANCE = 3.0
+"""Rank correlations up to this many of their standard errors, 1 / sqrt(rows), say nothing: rows of a replay follow each
+other, so that two errors would be too few."""
 FURTHER = 0.7
 """After a false alarm the metric must get worse by this factor before it may raise another."""
 
@@ -335,7 +338,8 @@ def verify(evidence: Evidence, found: Probe, rules: Rules) -> Verdict:
 
     Never by a branch's own target, which a critic copied from it would meet perfectly. The frozen target binds both to
     what the critic knew before, beyond the returns of old policies; an ill critic's knows nothing, and then does not
-    count, neither alone nor at the end of returns that were cut.
+    count, neither alone nor at the end of returns that were cut. A twin that orders transitions by chance has no order
+    that a branch could lose.
     """
     unaided = evidence.returns if evidence.unaided is None else evidence.unaided
     missed = (evidence.frozen.double() - unaided.double()).square().mean()
@@ -343,12 +347,13 @@ def verify(evidence: Evidence, found: Probe, rules: Rules) -> Verdict:
     returns = evidence.returns if frozen_counts else unaided
     twin = standing(evidence.twin, returns, evidence.frozen)
     branch = standing(evidence.branch, returns, evidence.frozen)
+    chance = CHANCE / math.sqrt(len(returns))
     margin, objections = rules.value_margin, []
     if not found.worst <= rules.healthy:
         objections.append(f"it learns {in_words(found.worst)}")
     if math.isnan(branch.rank_correlation):
         objections.append("it gives all transitions the same value")
-    elif branch.rank_correlation < twin.rank_correlation - rules.rank_margin:
+    elif twin.rank_correlation > chance and branch.rank_correlation < twin.rank_correlation - rules.rank_margin:
         objections.append("it orders transitions worse by their returns")
     if not branch.return_error <= twin.return_error + margin:
         objections.append("it is further from the returns")

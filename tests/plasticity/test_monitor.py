@@ -26,6 +26,7 @@ from rlplastic.plasticity.monitor import (
 )
 from rlplastic.plasticity.patient import Patient, hidden_layers
 from rlplastic.plasticity.probe import Probe
+from rlplastic.plasticity.representation import rank_correlation
 
 RULES = Rules(probe_steps=60, probe_functions=1)
 RANK, NORM = "plasticity/critic/trunk.3/effective_rank", "plasticity/critic/all/weight_norm"
@@ -281,6 +282,20 @@ def test_a_branch_that_forgot_the_order_of_returns_is_rejected() -> None:
     verdict = case.verdict(case.returns + case.noise, case.returns.mean() + case.noise.double())
     assert not verdict.accepted
     assert "it orders transitions worse by their returns" in verdict.objections
+
+
+def test_a_twin_that_orders_transitions_by_chance_has_no_order_to_lose() -> None:
+    """As measured on Walker2d: an ill critic at -0.02 and a fresh one at -0.08, errors of 1,000,000 and 3."""
+    case = Judged()
+    case.frozen = 1e6 * case.noise.double()
+    ill = 1e6 * torch.randn(1000, generator=torch.Generator().manual_seed(1)).double()
+    twin = ill - 1e6 * float(rank_correlation(ill, case.returns)) * (case.returns - case.returns.mean()) / 3
+    fresh = case.noise.double() - 0.1 * (case.returns - case.returns.mean())
+    verdict = case.verdict(twin, fresh)
+    assert abs(verdict.twin.rank_correlation) < 0.09 < -verdict.branch.rank_correlation
+    assert verdict.accepted and verdict.better
+    knowing = case.verdict(twin + 1e6 * case.returns, fresh)
+    assert "it orders transitions worse by their returns" in knowing.objections
 
 
 def test_a_branch_that_is_not_finite_is_rejected() -> None:
