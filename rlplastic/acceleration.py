@@ -96,14 +96,15 @@ def _require_same_gradient(function: FunctionType, fast: Callable[..., Any], arg
 
 
 def _gradient(loss: Callable[..., Any], arguments: Sequence[Any]) -> Tensor:
-    """Of all parameters of the networks among the arguments, which stay as they are; (numbers,) float32."""
+    """Of all tensors and parameters of networks among the arguments, which stay as they are; (numbers,) float32."""
     memo: dict[int, Any] = {}
-    copies = [copy.deepcopy(each, memo) if isinstance(each, nn.Module) else each for each in arguments]
-    result = loss(*copies)
-    networks = [each for each in copies if isinstance(each, nn.Module)]
-    parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(result[0] if isinstance(result, tuple) else result, parameters, allow_unused=True)
-    filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+    given = [copy.deepcopy(each, memo) if isinstance(each, nn.Module) else each for each in arguments]
+    result = loss(*given)
+    inputs = [each for each in given if isinstance(each, Tensor) and each.requires_grad]
+    for network in (each for each in given if isinstance(each, nn.Module)):
+        inputs += [parameter for parameter in network.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(result[0] if isinstance(result, tuple) else result, inputs, allow_unused=True)
+    filled = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)]
     return torch.cat([gradient.float().flatten() for gradient in filled])
 
 
