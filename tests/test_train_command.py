@@ -227,8 +227,13 @@ def test_a_sweep_trains_every_combination_in_directories_of_their_own(tmp_path: 
     ],
 )
 def test_a_misused_sweep_is_refused_in_one_sentence_of_our_own(
-    arguments: str, sentence: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    arguments: str,
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # Hydra writes multirun.yaml before it looks at the choices
     monkeypatch.setattr("sys.argv", ["train"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     assert sentence in refused(*arguments.split())
