@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rlplastic.agents.steps import CriticNoise, Inputs, Metrics, Rates
 
+T = TypeVar("T")
 WARM_UP = 3
 """Updates of either kind that run as they are before one is recorded: they compile, allocate and choose algorithms."""
 Move = Callable[[Inputs, Tensor | None, CriticNoise, Rates], Metrics]
@@ -26,12 +27,12 @@ Record = Callable[[Callable[[], Metrics]], tuple[Callable[[], None], Metrics]]
 """Records a work without doing it; returns what does it, and the metrics that hold its results from then on."""
 
 
-def cuda_graph(work: Callable[[], Metrics]) -> tuple[Callable[[], None], Metrics]:
-    """A `Record` as a CUDA graph; other threads may use the device meanwhile."""
+def cuda_graph(work: Callable[[], T]) -> tuple[Callable[[], None], T]:
+    """A `Record` as a CUDA graph, of any work; other threads may use the device meanwhile."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        metrics = work()
-    return graph.replay, metrics
+        results = work()
+    return graph.replay, results
 
 
 class GraphedUpdate:

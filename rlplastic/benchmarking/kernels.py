@@ -6,8 +6,6 @@ is what the profiler sums over the kernels of a call; the difference is launchin
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,6 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from rlplastic.agents.layers import NormBounds
+from rlplastic.benchmarking.timing import interleaved
 from rlplastic.benchmarking.update import agent_of
 from rlplastic.envs.base import AutoresetMode, Step
 from rlplastic.errors import ConfigurationError
@@ -60,7 +59,7 @@ def measure(options: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - the verb's 
     rate = _copy_rate()
     rows = []
     for contest in contests(machine.device, options.quick):
-        called = {name: _called(work, options.repeats) for name, work in contest.works.items()}
+        called = _called(contest.works, options.repeats)
         for name, work in contest.works.items():
             rows.append(
                 {
@@ -147,26 +146,22 @@ def _copy_rate() -> float:
     """Bytes per second, read and written, of copying a gigabyte within the device."""
     source = torch.randn(1 << 28, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.nbytes / (_called(partial(target.copy_, source), 5) / 1e6)
+    return 2 * source.nbytes / (_called({"copy": partial(target.copy_, source)}, 5)["copy"] / 1e6)
 
 
-def _called(work: Callable[[], object], repeats: int) -> float:
-    for _ in range(3):  # compiles, and lets the allocator find its blocks
+def _called(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    bursts = {name: partial(_burst, work) for name, work in works.items()}
+    times = interleaved(bursts, repeats, wait=torch.cuda.synchronize)
+    return {name: microseconds / CALLS for name, microseconds in times.items()}
+
+
+def _burst(work: Callable[[], object]) -> None:
+    for _ in range(CALLS):
         work()
-    seen = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(CALLS):
-            work()
-        torch.cuda.synchronize()
-        seen.append((time.perf_counter() - started) / CALLS * 1e6)
-    return statistics.median(seen)
 
 
 def _on_the_device(work: Callable[[], object]) -> float:
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        for _ in range(CALLS):
-            work()
+        _burst(work)
         torch.cuda.synchronize()
     return float(sum(event.self_device_time_total for event in profiled.key_averages())) / CALLS

@@ -1,8 +1,9 @@
 """Time of sample() and memory per transition, beside Stable-Baselines3's and TorchRL's buffers where installed.
 
-All buffers hold the same number of random transitions of Humanoid's sizes, and are asked in turn, so that whatever
-else the machine does falls on all of them. A batch counts when its tensors are there. On a GPU all end in its memory:
-rlplastic's and TorchRL's buffers lie there, Stable-Baselines3's, which knows no other, in the host's.
+All buffers hold the same number of random transitions of Humanoid's sizes, from eight environments, and are asked in
+turn, so that whatever else the machine does falls on all of them. A batch counts when its tensors are there. On a GPU
+all end in its memory: rlplastic's and TorchRL's buffers lie there, Stable-Baselines3's, which knows no other, in the
+host's.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rlplastic.kernels import dispatch
 from rlplastic.machine import probe_machine
 from rlplastic.replay import ReplayRing, Sampler, memory
 
-OBSERVATIONS, ACTIONS, ENVS, GAMMA = 348, 17, 64, 0.99
+OBSERVATIONS, ACTIONS, ENVS, GAMMA = 348, 17, 8, 0.99
 CAPTION = (
     "Microseconds per sample(), median; bytes per transition. Humanoid's sizes: 348 float32 observations, 17 actions. "
     "TorchRL's n-step returns are made when transitions are stored, so its sampling is that of one step."

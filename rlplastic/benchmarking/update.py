@@ -53,7 +53,8 @@ def measure(options: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - the verb's 
         return _flow_rows(COUNTS[:2] if options.quick else COUNTS, options.quick, options.repeats)
     on_cpu = machine.device == "cpu"
     eager = options.quick or (machine.compiler is None and on_cpu)
-    ways = [(compile, graphs) for compile in (["off"] if eager else ["on", "off"]) for graphs in _graphs(on_cpu)]
+    graphed = ["off"] if on_cpu else ["on", "off"]
+    ways = [(compile, graphs) for compile in (["off"] if eager else ["on", "off"]) for graphs in graphed]
     plain = ["float32"] if on_cpu else ["tf32"]
     return [
         _row(agent, width, batch, precision, compile, graphs, options.repeats)
@@ -64,10 +65,6 @@ def measure(options: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - the verb's 
     ]
 
 
-def _graphs(on_cpu: bool) -> list[str]:
-    return ["off"] if on_cpu else ["on", "off"]
-
-
 def _flow_rows(counts: Sequence[int], quick: bool, repeats: int) -> list[dict[str, Any]]:
     machine = probe_machine("auto")
     flows = {
@@ -75,13 +72,12 @@ def _flow_rows(counts: Sequence[int], quick: bool, repeats: int) -> list[dict[st
         for steps in counts
         for noises in counts
     }
+    overrides: dict[Any, list[str]] = {kind: [f"critic={kind}"] for kind in ("categorical", "scalar")}
+    overrides.update(flows)
+    width, batch = (32, 64) if quick else (64, 256)
+    drawn = _batch(batch, machine.device)
     rows = []
     for name in ("flashsac", "sac"):
-        width, batch = (32, 64) if quick else (64, 256)
-        kinds = {kind: [f"critic={kind}"] for kind in ("categorical", "scalar")}
-        overrides: dict[Any, list[str]] = dict(kinds)
-        overrides.update(flows)
-        drawn = _batch(batch, machine.device)
         works = {key: partial(_two, agent_of(name, width, batch, words), drawn) for key, words in overrides.items()}
         times = {key: time / 2e3 for key, time in interleaved(works, repeats, wait=barrier(machine.device)).items()}
         rows += [
@@ -124,11 +120,12 @@ def _row(name: str, width: int, batch: int, precision: str, compile: str, graphs
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     products = _products(lambda: _two(agent_with(), drawn))
     floor = _replay(products, machine.device)
-    if machine.device != "cpu":
-        floor = _as_graph(floor)
+    if machine.device != "cpu":  # as one launch: a floor of products, and not of launches
+        floor()
+        floor, _ = cuda_graph(floor)
     transform = compiled if compile == "on" else lambda function: function
     agent = agent_with(transform, cuda_graph if graphs == "on" else None)
-    for _ in range(2 * WARM_UP):  # of a recorder, too
+    for _ in range(WARM_UP + 1 if graphs == "on" else 0):  # until both kinds of updates are recorded
         _two(agent, drawn)
     works = {"update": lambda: _two(agent, drawn), "floor": floor}
     times = interleaved(works, repeats, wait=barrier(machine.device))
@@ -145,15 +142,6 @@ def _row(name: str, width: int, batch: int, precision: str, compile: str, graphs
         "ratio": update_ms / floor_ms,
         "GFLOP": sum(_flop(product) for product in products) / 2e9,
     }
-
-
-def _as_graph(work: Callable[[], None]) -> Callable[[], None]:
-    """The same as one launch, so that a floor on a GPU is one of products, and not of launches."""
-    work()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
 
 
 def _batch(size: int, device: str) -> Batch:
