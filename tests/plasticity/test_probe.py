@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import gymnasium
@@ -21,7 +24,7 @@ from rlplastic.config import SACConfig, ScalarCriticConfig
 from rlplastic.errors import ConfigurationError
 from rlplastic.plasticity.interventions import full_reset
 from rlplastic.plasticity.patient import Patient
-from rlplastic.plasticity.probe import CAP, Probe, probe, smooth_functions
+from rlplastic.plasticity.probe import CAP, RATE, Probe, probe, smooth_functions
 from rlplastic.replay.sample import Batch
 
 STEPS = 60
@@ -83,6 +86,40 @@ def test_a_linear_models_area_is_that_of_adam_written_out() -> None:
             weight = weight - 1e-3 * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
         areas.append(np.mean(losses))
     assert found.areas[0] == pytest.approx(np.mean(areas), rel=1e-4)
+
+
+def test_its_steps_have_the_bits_of_torchs_adam(monkeypatch: pytest.MonkeyPatch) -> None:
+    patient = bare_patient(key=5)
+    ours = probe(patient, patient.states, 6, STEPS)
+
+    def torchs(parameters: Sequence[torch.Tensor]) -> Callable[[Sequence[torch.Tensor]], None]:
+        optimizer = torch.optim.Adam(parameters, RATE, fused=True)
+
+        def step(gradients: Sequence[torch.Tensor]) -> None:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient.clone(memory_format=torch.contiguous_format)
+            optimizer.step()
+
+        return step
+
+    monkeypatch.setattr("rlplastic.plasticity.probe._adam", torchs)
+    assert probe(patient, patient.states, 6, STEPS) == ours
+
+
+WITHOUT_COMPILER = """
+import sys, torch
+from rlplastic.agents.adam import Adam
+from rlplastic.plasticity.patient import Patient
+from rlplastic.plasticity.probe import probe
+net = torch.nn.Linear(2, 1)
+probe(Patient("net", net, Adam(net.parameters()), lambda key: torch.nn.Linear(2, 1)), (torch.rand(8, 2),), 1, 3)
+sys.exit("torch._dynamo" in sys.modules)
+"""
+
+
+def test_the_first_probe_does_not_import_torchs_compiler() -> None:
+    """It takes seconds and 90 MB, in the middle of somebody's training."""
+    assert subprocess.run([sys.executable, "-c", WITHOUT_COMPILER]).returncode == 0
 
 
 def test_functions_are_standardised_smooth_and_keyed() -> None:
