@@ -185,7 +185,7 @@ class PlasticityMonitor(Generic[L]):
             beyond = {alarm.metric for alarm in found}
             for alarm in found:
                 if alarm.metric not in self._raised:
-                    self._tell("alarm", updates, wording.alarm(alarm), **asdict(alarm))
+                    self._tell("alarm", updates, wording.alarm(alarm, self.mode == "full"), **asdict(alarm))
             self._raised = (self._raised - measured.keys()) | beyond
             alarms += found
         return alarms

@@ -38,13 +38,14 @@ def percent(share: float) -> str:
     return f"{share:+.0%}".replace("%", " %") if math.isfinite(share) else "unknown"
 
 
-def alarm(found: Alarm) -> str:
-    """What a metric says, and that it alone decides nothing."""
+def alarm(found: Alarm, probed: bool) -> str:
+    """What a metric says, and that it alone decides nothing: a probe does, where it is followed by one."""
     _, module, layer, quantity = found.metric.split("/")
     words = quantity.removesuffix("_worst").replace("_", " ") + ("" if layer == "all" else f" of {layer}")
+    teller = "a probe" if probed else "`python -m rlplastic.diagnose`"
     return (
         f"alarm: {words} of the {module} is {found.value:.3g}, beyond {found.limit:.3g} (by {found.reference}); "
-        "a probe tells whether it still learns"
+        f"{teller} tells whether it still learns"
     )
 
 

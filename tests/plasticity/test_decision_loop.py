@@ -137,6 +137,7 @@ def test_watching_tells_a_new_alarm_once_and_never_probes(toy: Toy) -> None:
     toy.norm = 20.0
     go(monitor, 111, 200)
     assert toy.told == [("alarm", 10), ("alarm", 120)]
+    assert "`python -m rlplastic.diagnose` tells" in toy.events[0]["sentence"], "no probe will follow"
     assert monitor.spent == 0 and toy.calls == []
 
 
@@ -145,6 +146,7 @@ def test_an_alarm_leads_to_a_probe_a_branch_a_verification_and_a_commit(toy: Toy
     monitor = monitor_of(toy)
     go(monitor, 1, 41)
     assert toy.told == [("alarm", 10), ("probe", 10), ("branch", 10), ("committed", 40), ("alarm", 40)]
+    assert "a probe tells" in toy.events[0]["sentence"]
     assert toy.calls == ["branch", "adopt", "rebase"]
     assert monitor.interventions == 1 and monitor.case is None and monitor.recovery is not None
 
