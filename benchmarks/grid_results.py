@@ -45,6 +45,8 @@ AXES = {
     "train_seconds": "seconds of training, evaluation excluded",
 }
 """Columns of ``eval.csv`` that may be a plot's horizontal axis; `rlplastic.train` writes all but ``train_seconds``."""
+MANY_ARMS = 4
+"""More than these in one panel leave no room for each seed."""
 LETTERS_PER_INCH = 11.0
 """Of a plot's heading in matplotlib's default font, with some to spare for wide letters."""
 
@@ -279,11 +281,17 @@ def _curve(path: Path, axis: str) -> Curve | None:
     return table[axis], table["return_mean"]
 
 
-def _draw_arm(panel: Axes, colour: str, label: str, curves: Sequence[Curve]) -> list[NDArray[np.float64]]:
-    """The mean of an arm's runs, dotted once one of them has ended, its band, and the runs; returns what to show."""
+def _draw_arm(
+    panel: Axes, colour: str, label: str, curves: Sequence[Curve], crowded: bool
+) -> list[NDArray[np.float64]]:
+    """The mean of an arm's runs, dotted once one of them has ended, its band, and, with room, the runs.
+
+    Returns what to show.
+    """
     x, mean, half_width = mean_curve(curves)
-    panel.fill_between(x, mean - half_width, mean + half_width, color=colour, alpha=0.15, linewidth=0)
-    for curve in curves if len(curves) > 1 else ():
+    band = 0.07 if crowded else 0.15
+    panel.fill_between(x, mean - half_width, mean + half_width, color=colour, alpha=band, linewidth=0)
+    for curve in curves if len(curves) > 1 and not crowded else ():
         panel.plot(*curve, color=colour, linewidth=0.6, alpha=0.6)
     all_run = x <= min(steps[-1] for steps, _ in curves)
     marker = "." if len(x) < 15 else ""
@@ -291,7 +299,7 @@ def _draw_arm(panel: Axes, colour: str, label: str, curves: Sequence[Curve]) -> 
     last = int(all_run.sum()) - 1
     if 0 <= last < len(x) - 1:
         panel.plot(x[last:], mean[last:], color=colour, linestyle=":", linewidth=2)
-    return [mean, *(returns for _, returns in curves)]
+    return [mean] if crowded else [mean, *(returns for _, returns in curves)]
 
 
 def _draw_random(panel: Axes, mean: float, low: float, high: float) -> NDArray[np.float64]:
@@ -300,21 +308,24 @@ def _draw_random(panel: Axes, mean: float, low: float, high: float) -> NDArray[n
     return np.array([mean])
 
 
-def _explain(figure: Figure, columns: int, several: bool, held: bool) -> None:
+def _explain(figure: Figure, columns: int, seeds: bool, several: bool, held: bool) -> None:
     """One legend for what the panels share, in black: the colours are the arms'."""
     entries: list[Artist] = [Line2D([], [], color="black", label="mean over seeds")]
     if held:
         what = "mean once a run has ended (it counts with its last value)"
         entries.append(Line2D([], [], color="black", linestyle=":", linewidth=2, label=what))
-    if several:
+    if seeds:
         entries.append(Line2D([], [], color="black", linewidth=0.6, alpha=0.6, label="each seed"))
+    if several:
         what = "95 % t interval of the mean (may go on beyond the panel)"
         entries.append(Patch(color="black", alpha=0.15, label=what))
     figure.legend(handles=entries, loc="outside lower center", ncols=min(columns, 2), fontsize="small", frameon=False)
 
 
 def plot(directory: Path, title: str, axis: str, results: Iterable[Result]) -> Path:
-    """Draw ``curves.png``: a panel per task, and per arm its mean, its seeds' own curves, and a band with several.
+    """Draw ``curves.png``: a panel per task, and per arm its mean and, with several, its seeds' own curves and a band.
+
+    With more than `MANY_ARMS` in a panel the seeds' curves are left out, and the legend stands below it.
 
     The band never sets the vertical axis: with two seeds t is 12.7, and the curves would be flat lines inside it. The
     tasks of a ``random_policy.csv`` beside it get that policy's mean and interval as the floor.
@@ -326,20 +337,24 @@ def plot(directory: Path, title: str, axis: str, results: Iterable[Result]) -> P
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)
     width = 4.8 * columns + 0.4
-    figure = Figure(figsize=(width, 3.6 * rows + 0.9), layout="constrained")
+    of_task = {task: {r.arm for r in complete if r.task == task} for task in tasks}
+    legend = max((len(there) for there in of_task.values() if len(there) > MANY_ARMS), default=0) // 2
+    figure = Figure(figsize=(width, (3.6 + 0.2 * legend) * rows + 0.9), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    several = held = False
+    seeds = several = held = False
     for panel in panels[len(tasks) :]:
         panel.remove()
     for panel, task in zip(panels, tasks, strict=False):
         shown: list[NDArray[np.float64]] = []
+        crowded = len(of_task[task]) > MANY_ARMS
         for arm in arms:
             named = [r.name for r in complete if (r.task, r.arm) == (task, arm)]
             curves = [curve for name in named if (curve := _curve(directory / "curves" / f"{name}.csv", axis))]
             if curves:
                 label = f"{arm} ({len(curves)} seeds)" if len(curves) > 1 else f"{arm} (1 seed)"
-                shown += _draw_arm(panel, COLOURS[arms.index(arm) % len(COLOURS)], label, curves)
+                shown += _draw_arm(panel, COLOURS[arms.index(arm) % len(COLOURS)], label, curves, crowded)
                 several |= len(curves) > 1
+                seeds |= len(curves) > 1 and not crowded
                 held |= len({float(x[-1]) for x, _ in curves}) > 1
         if shown and task in floor:
             shown.append(_draw_random(panel, *floor[task]))
@@ -350,12 +365,14 @@ def plot(directory: Path, title: str, axis: str, results: Iterable[Result]) -> P
         panel.set(title=task, xlabel=AXES[axis])
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
         panel.grid(alpha=0.3)
-        if panel.get_legend_handles_labels()[0]:
+        if crowded:  # no corner is free of curves
+            panel.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False)
+        elif panel.get_legend_handles_labels()[0]:
             panel.legend(fontsize="small")
     for row in range(rows):
         panels[row * columns].set_ylabel("evaluation return")
     figure.suptitle("\n".join(textwrap.wrap(title, int(width * LETTERS_PER_INCH))), fontsize="medium")
-    _explain(figure, columns, several, held)
+    _explain(figure, columns, seeds, several, held)
     path = directory / "curves.png"
     figure.savefig(path, dpi=120)
     return path

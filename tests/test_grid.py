@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -347,7 +348,7 @@ Draw = Callable[..., Any]
 
 @pytest.fixture
 def draw(grid: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Draw:
-    """Plots runs of the task hopper, given as {seed: (steps, returns)}, and returns the figure."""
+    """Plots runs of hopper, {seed: (steps, returns)} for every arm; returns the figure."""
     results = grid.grid_results
     figures = []
     save = results.Figure.savefig
@@ -359,13 +360,13 @@ def draw(grid: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> D
     monkeypatch.setattr(results.Figure, "savefig", spy)
     (tmp_path / "curves").mkdir()
 
-    def draw(title: str, curves: dict[int, tuple[list[float], list[float]]]) -> Any:
+    def draw(title: str, curves: dict[int, tuple[list[float], list[float]]], arms: Sequence[str] = ("flat",)) -> Any:
         rows = []
-        for seed, points in curves.items():
-            row = dict.fromkeys(results.Result._fields, 0.0) | {"task": "hopper", "arm": "flat", "seed": seed}
+        for arm, (seed, points) in product(arms, curves.items()):
+            row = dict.fromkeys(results.Result._fields, 0.0) | {"task": "hopper", "arm": arm, "seed": seed}
             rows.append(results.Result(**row))
             lines = [f"{step},{value}" for step, value in zip(*points, strict=True)]
-            (tmp_path / "curves" / f"hopper__flat__{seed}.csv").write_text("\n".join(["step,return_mean", *lines, ""]))
+            (tmp_path / "curves" / f"hopper__{arm}__{seed}.csv").write_text("\n".join(["step,return_mean", *lines, ""]))
         results.plot(tmp_path, title, "step", rows)
         return figures[-1]
 
@@ -399,6 +400,17 @@ def test_plot_shows_the_curves_and_its_whole_heading_whatever_the_width_of_the_b
         "each seed",
         "95 % t interval of the mean (may go on beyond the panel)",
     ]
+
+
+def test_many_arms_in_one_panel_are_means_and_bands_with_the_legend_below(draw: Draw) -> None:
+    arms = [f"an arm named {letter}" for letter in "abcde"]
+    figure = draw("Five arms", {0: line(0), 1: line(1)}, arms)
+    [panel] = figure.axes
+    assert len(panel.lines) == 5, "no seed has a line of its own"
+    assert explained(figure) == ["mean over seeds", "95 % t interval of the mean (may go on beyond the panel)"]
+    own, shared = panel.get_legend().get_window_extent(), figure.legends[0].get_window_extent()
+    assert panel.get_window_extent().y0 > own.y1 and own.y0 > shared.y1 - 3, "on neither curves nor the other legend"
+    assert own.x0 >= 0 and own.x1 <= figure.bbox.width
 
 
 def test_the_mean_goes_on_to_the_end_of_the_longest_run_and_says_where_one_has_ended(draw: Draw) -> None:
