@@ -4,9 +4,9 @@
 
 Reads the grid's ``results.csv`` and ``curves/``, and each run's ``plasticity.jsonl`` while its directory is there;
 writes ``decisions.csv`` (a row per run) and ``treatments.md``. A run's *late return* is the mean of its evaluations in
-the last quarter of its steps: a single evaluation of plain SAC moves by more than any treatment. Differences are paired
-by seed, with 95 % t intervals. Interventions in tasks named by ``--healthy``, and in arms named ``...unprimed``, are
-false ones.
+the last quarter of its steps: a single evaluation of plain SAC moves by more than any treatment. Differences, with 95 %
+t intervals, and the share of the unprimed agent's late return are those of the same seeds. Interventions in tasks named
+by ``--healthy``, and in arms named ``...unprimed``, are false ones.
 """
 
 from __future__ import annotations
@@ -94,8 +94,9 @@ def table(late: Returns, areas: Returns, decided: dict[str, dict[str, str]]) -> 
     ]
     for (task, arm), returns in late.items():
         healthy = late.get((task, UNPRIMED), {})
-        base = statistics.fmean(healthy.values()) if healthy else math.nan
-        share = statistics.fmean(returns.values()) / base if base > 0 else math.nan
+        common = [seed for seed in returns if seed in healthy]
+        base = statistics.fmean(healthy[seed] for seed in common) if common else math.nan
+        share = statistics.fmean(returns[seed] for seed in common) / base if base > 0 else math.nan
         rows = [decided[name] for seed in returns if (name := f"{task}__{arm}__{seed}") in decided]
         done = ", ".join(str(int(row["committed"]) + int(row["scheduled"]) // 2) for row in rows)
         false = ", ".join(row["false_alarm"] for row in rows)
