@@ -19,7 +19,7 @@ import subprocess
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -46,7 +46,9 @@ AXES = {
 }
 """Columns of ``eval.csv`` that may be a plot's horizontal axis; `rlplastic.train` writes all but ``train_seconds``."""
 MANY_ARMS = 4
-"""More than these in one panel leave no room for each seed."""
+"""More than these in one panel leave no room for each seed, nor for a legend in a corner."""
+BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": 2, "frameon": False}
+"""Where a legend stands then."""
 LETTERS_PER_INCH = 11.0
 """Of a plot's heading in matplotlib's default font, with some to spare for wide letters."""
 
@@ -337,16 +339,16 @@ def plot(directory: Path, title: str, axis: str, results: Iterable[Result]) -> P
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)
     width = 4.8 * columns + 0.4
-    of_task = {task: {r.arm for r in complete if r.task == task} for task in tasks}
-    legend = max((len(there) for there in of_task.values() if len(there) > MANY_ARMS), default=0) // 2
-    figure = Figure(figsize=(width, (3.6 + 0.2 * legend) * rows + 0.9), layout="constrained")
+    counts = {task: len({r.arm for r in complete if r.task == task}) for task in tasks}
+    below = max((count for count in counts.values() if count > MANY_ARMS), default=0) // 2  # rows of a panel's legend
+    figure = Figure(figsize=(width, (3.6 + 0.2 * below) * rows + 0.9), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     seeds = several = held = False
     for panel in panels[len(tasks) :]:
         panel.remove()
     for panel, task in zip(panels, tasks, strict=False):
         shown: list[NDArray[np.float64]] = []
-        crowded = len(of_task[task]) > MANY_ARMS
+        crowded = counts[task] > MANY_ARMS
         for arm in arms:
             named = [r.name for r in complete if (r.task, r.arm) == (task, arm)]
             curves = [curve for name in named if (curve := _curve(directory / "curves" / f"{name}.csv", axis))]
@@ -365,10 +367,8 @@ def plot(directory: Path, title: str, axis: str, results: Iterable[Result]) -> P
         panel.set(title=task, xlabel=AXES[axis])
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
         panel.grid(alpha=0.3)
-        if crowded:  # no corner is free of curves
-            panel.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False)
-        elif panel.get_legend_handles_labels()[0]:
-            panel.legend(fontsize="small")
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize="small", **(BELOW if crowded else {}))
     for row in range(rows):
         panels[row * columns].set_ylabel("evaluation return")
     figure.suptitle("\n".join(textwrap.wrap(title, int(width * LETTERS_PER_INCH))), fontsize="medium")

@@ -163,7 +163,7 @@ def _areas(
 
 def _learn(patient: Patient, network: nn.Module, states: States, goal: Tensor, unit: Tensor, picks: Tensor) -> Tensor:
     """Train on ``goal`` (members, rows, outputs); the mean over steps of each member's capped loss, (members,)."""
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    parameters: list[Tensor] = [parameter for parameter in network.parameters() if parameter.requires_grad]
     step = _adam(parameters)
     project = patient.bound(network)
     total = goal.new_zeros(len(goal), dtype=torch.float64)
@@ -176,7 +176,7 @@ def _learn(patient: Patient, network: nn.Module, states: States, goal: Tensor, u
     return total / len(picks)
 
 
-def _adam(parameters: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], None]:
+def _adam(parameters: list[Tensor]) -> Callable[[Sequence[Tensor]], None]:
     """A step along gradients, with the bits of ``torch.optim.Adam(parameters, RATE, fused=True)``.
 
     Making the first of that class imports torch's compiler: 2 seconds and 90 MB in the middle of somebody's training.
@@ -187,7 +187,7 @@ def _adam(parameters: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], None]:
     @torch.no_grad()
     def step(gradients: Sequence[Tensor]) -> None:
         adam(
-            list(parameters),
+            parameters,
             [gradient.contiguous() for gradient in gradients],
             first,
             second,
