@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -86,6 +86,11 @@ class Learner:
     target_entropy: float
     target_rate: float
     backup_entropy: bool
+    target_parameters: list[Tensor] = field(init=False)
+    """Of the target critic, in the order of the critic's; listed once, as optimizers list theirs."""
+
+    def __post_init__(self) -> None:
+        self.target_parameters = list(self.target_critic.parameters())
 
     def alpha(self) -> Tensor:
         """The entropy temperature, detached."""
@@ -188,10 +193,13 @@ def flow_loss(
 
 def actor_step(learner: Learner, inputs: Inputs, noise: Tensor, rate: Rate, *options: Any) -> Metrics:  # noqa: ANN401
     """Move the actor along its loss, with the critic frozen; ``options`` go to the loss."""
-    learner.critic.requires_grad_(False)
+    frozen = learner.critic_optimizer.parameters
+    for parameter in frozen:
+        parameter.requires_grad_(False)
     loss, metrics = learner.actor_loss(learner.actor, learner.critic, learner.alpha(), inputs, noise, *options)
     metrics = minimise(loss, learner.actor_optimizer, rate, metrics)
-    learner.critic.requires_grad_(True)
+    for parameter in frozen:
+        parameter.requires_grad_(True)
     return metrics
 
 
@@ -202,17 +210,15 @@ def critic_step(learner: Learner, inputs: Inputs, noise: CriticNoise, rate: Rate
     return minimise(loss, learner.critic_optimizer, rate, metrics)
 
 
-def temperature_loss(log_alpha: Tensor, entropy: Tensor, target: float) -> Tensor:
-    """alpha (H - H_target): alpha grows while the policy's entropy is below its target."""
-    return log_alpha.exp() * (entropy - target)
-
-
 def temperature_step(learner: Learner, entropy: Tensor, rate: Rate) -> Metrics:
-    """Move log alpha towards the target entropy; ``entropy`` is that of the actor before its step, of all ranks."""
+    """Move log alpha along alpha (H - H_target), so that alpha grows while the policy's entropy is below its target.
+
+    ``entropy`` is that of the actor before its step, of all ranks. In log alpha this loss is its own gradient.
+    """
     alpha = learner.alpha()
-    loss = temperature_loss(learner.log_alpha, entropy, learner.target_entropy)
-    minimise(loss, learner.temperature_optimizer, rate)
-    return {"loss/temperature": loss.detach(), "policy/alpha": alpha}
+    loss = alpha * (entropy - learner.target_entropy)
+    learner.temperature_optimizer.step([loss], rate)
+    return {"loss/temperature": loss, "policy/alpha": alpha}
 
 
 def learning_rate(position: float, start: float, end: float) -> float:
@@ -231,9 +237,9 @@ def position_of(index: int, budget_used: float, planned_updates: int | None) -> 
 
 
 @torch.no_grad()
-def follow(target: nn.Module, critic: nn.Module, rate: float) -> None:
-    """Target parameters <- lerp(target, critic, rate); buffers are not copied, nothing is re-projected."""
-    torch._foreach_lerp_(list(target.parameters()), list(critic.parameters()), rate)
+def follow(learner: Learner) -> None:
+    """Target parameters <- lerp(target, critic, target rate); buffers are not copied, nothing is re-projected."""
+    torch._foreach_lerp_(learner.target_parameters, learner.critic_optimizer.parameters, learner.target_rate)
 
 
 def minimise(loss: Tensor, optimizer: Adam, rate: Rate, metrics: Metrics | None = None) -> Metrics:

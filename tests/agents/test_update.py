@@ -285,10 +285,17 @@ def test_temperature_grows_while_the_policy_is_too_certain(entropy: float, grows
     assert float(metrics["loss/temperature"]) == pytest.approx(before * entropy)
 
 
-def test_gradient_of_the_temperature_is_alpha_times_the_excess_entropy() -> None:
-    log_alpha = torch.tensor([math.log(0.3)], dtype=torch.float64, requires_grad=True)
-    loss = steps.temperature_loss(log_alpha, torch.tensor(1.5).double(), -2.0)
-    assert float(torch.autograd.grad(loss.sum(), log_alpha)[0]) == pytest.approx(0.3 * 3.5)
+def test_temperature_step_is_that_of_adam_on_the_derived_gradient() -> None:
+    learner, rate = learner_of(), 1e-2
+    log_alpha = learner.log_alpha.detach().clone().requires_grad_(True)
+    adam = torch.optim.Adam([log_alpha], rate, fused=True)
+    for entropy in (-5.0, 0.3, 40.0, -0.1):
+        moved = torch.tensor(entropy).to(log_alpha.dtype)
+        (log_alpha.exp() * (moved - learner.target_entropy)).sum().backward()
+        adam.step()
+        adam.zero_grad()
+        steps.temperature_step(learner, moved, rate)
+        assert torch.equal(learner.log_alpha, log_alpha)
 
 
 def test_target_entropy_is_that_of_a_gaussian_of_the_given_deviation() -> None:

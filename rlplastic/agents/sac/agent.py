@@ -106,7 +106,7 @@ class SAC(SoftActorCritic[steps.Learner]):
         if actor_noise is not None:
             metrics |= steps.actor_step(learner, inputs, actor_noise, rates.actor)
             metrics |= steps.temperature_step(learner, metrics["policy/entropy"], rates.actor)
-        steps.follow(learner.target_critic, learner.critic, learner.target_rate)
+        steps.follow(learner)
         return metrics
 
 
