@@ -1,4 +1,4 @@
-"""What is set once per process: compiled losses belong to one agent, recordings to one process on a GPU."""
+"""What is set once per process: compiled gradients belong to one agent, recordings to one process on a GPU."""
 
 from __future__ import annotations
 
@@ -15,34 +15,38 @@ from torch import Tensor, nn
 
 from rlplastic import acceleration
 from rlplastic.agents.graphs import cuda_graph
+from rlplastic.agents.steps import Gradient, Metrics, gradient_of
 from rlplastic.composition import compose
 from rlplastic.errors import ConfigurationError
 from rlplastic.machine import probe_machine
 from rlplastic.presets import resolve
 
 
-def loss(network: nn.Module, x: Tensor) -> Tensor:
+def loss(network: nn.Module, x: Tensor) -> tuple[Tensor, Metrics]:
     result: Tensor = network(x).square().mean()
-    return result
+    return result, {"loss": result.detach()}
+
+
+def arguments_of(network: nn.Module) -> tuple[list[nn.Parameter], nn.Module, Tensor]:
+    return list(network.parameters()), network, torch.linspace(-1, 2, 12).reshape(4, 3)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_networks_of_other_depths_do_not_run_through_each_others_code() -> None:
-    x = torch.randn(4, 3)
     for depth in (1, 2):  # the first parameters have equal shapes
-        network = nn.Sequential(*(nn.Linear(3, 3) for _ in range(depth)))
-        torch.testing.assert_close(acceleration.compiled(loss)(network, x), loss(network, x))
+        arguments = arguments_of(nn.Sequential(*(nn.Linear(3, 3) for _ in range(depth))))
+        torch.testing.assert_close(acceleration.compiled(gradient_of(loss))(*arguments), gradient_of(loss)(*arguments))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_a_copy_runs_through_the_same_code_with_its_own_parameters() -> None:
-    compiled, x = acceleration.compiled(loss), torch.randn(4, 3)
+    compiled = acceleration.compiled(gradient_of(loss))
     for index in range(3):
-        network = nn.Linear(3, 3)
+        arguments = arguments_of(nn.Linear(3, 3))
         with torch.compiler.set_stance("fail_on_recompile" if index else "default"):
-            torch.testing.assert_close(compiled(network, x), loss(network, x))
+            torch.testing.assert_close(compiled(*arguments), gradient_of(loss)(*arguments))
 
 
 def test_recordings_are_for_one_process_on_a_gpu() -> None:
@@ -55,21 +59,25 @@ def test_recordings_are_for_one_process_on_a_gpu() -> None:
     assert acceleration.recorder(config) is None
 
 
-def by_another(change: Callable[[Tensor], Tensor]) -> Callable[..., Callable[..., tuple[Tensor, int]]]:
-    """A stand-in for `torch.compile` that makes something else of a loss."""
+def by_another(change: Callable[[Tensor], Tensor]) -> Callable[..., Gradient]:
+    """A stand-in for `torch.compile` that makes something else of a gradient."""
 
-    def compile(function: Callable[..., tuple[Tensor, int]], **_options: object) -> Callable[..., tuple[Tensor, int]]:
-        def other(*arguments: object) -> tuple[Tensor, int]:
-            value, told = function(*arguments)
-            return change(value), told
+    def compile(function: Gradient, **_options: object) -> Gradient:
+        def other(*arguments: object) -> tuple[list[Tensor], Metrics]:
+            found, metrics = function(*arguments)
+            return [change(each) for each in found], metrics
 
         return other
 
     return compile
 
 
-def counted(network: nn.BatchNorm1d, x: Tensor, power: int) -> tuple[Tensor, int]:
-    return network(x).pow(power).sum(), power
+def counted(network: nn.BatchNorm1d, x: Tensor, power: int) -> tuple[Tensor, Metrics]:
+    return network(x).pow(power).sum(), {}
+
+
+def powers(network: nn.BatchNorm1d) -> tuple[list[nn.Parameter], nn.BatchNorm1d, Tensor, int]:
+    return *arguments_of(network), 3
 
 
 @pytest.mark.parametrize(
@@ -79,21 +87,21 @@ def test_a_compiler_that_gets_the_gradient_wrong_is_found_at_the_first_call(
     change: Callable[[Tensor], Tensor], difference: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "compile", by_another(change))
-    network, x = nn.BatchNorm1d(3), torch.randn(8, 3)
+    network = nn.BatchNorm1d(3)
     sentence = f"compile=on makes another gradient of counted than plain torch .* differ by {difference}.*compile=off"
     with pytest.raises(ConfigurationError, match=sentence):
-        acceleration.compiled(counted)(network, x, 3)
+        acceleration.compiled(gradient_of(counted))(*powers(network))
     assert network.num_batches_tracked == 0, "a copy was tried"
-    value, _ = acceleration.compiled(counted, proven=True)(network, x, 3)
-    assert torch.isfinite(value) or difference == "nan%"
+    found, _ = acceleration.compiled(gradient_of(counted), proven=True)(*powers(network))
+    assert all(torch.isfinite(each).all() for each in found) or difference == "nan%"
 
 
 def test_a_compiler_that_rounds_otherwise_is_trusted_and_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", by_another(lambda value: 1.05 * value))
-    network, x = nn.BatchNorm1d(3), torch.randn(8, 3)
-    loss = acceleration.compiled(counted)
+    network = nn.BatchNorm1d(3)
+    gradient = acceleration.compiled(gradient_of(counted))
     for calls in (1, 2):
-        loss(network, x, 3)
+        gradient(*powers(network))
         assert network.num_batches_tracked == calls
 
 
@@ -102,6 +110,7 @@ import sys
 import torch
 from torch._dynamo.utils import counters
 from rlplastic.acceleration import compiled
+from rlplastic.agents.steps import gradient_of
 
 class Doubled(torch.autograd.Function):
     @staticmethod
@@ -113,12 +122,12 @@ class Doubled(torch.autograd.Function):
     def backward(ctx, gradient):
         return gradient * ctx.slope, None
 
-def loss(x):
-    return Doubled.apply(x, float(sys.argv[1])).sum()
+def loss(network):
+    return Doubled.apply(network.bias, float(sys.argv[1])).sum(), {}
 
-x = torch.ones(3, requires_grad=True)
-compiled(loss)(x).backward()
-print(x.grad.tolist(), counters["aot_autograd"]["autograd_cache_hit"])
+network = torch.nn.Linear(1, 3)
+found, _ = compiled(gradient_of(loss))([network.bias], network)
+print(found[0].tolist(), counters["aot_autograd"]["autograd_cache_hit"])
 """
 
 

@@ -158,7 +158,7 @@ def make_agent(
     group: Group = ALONE,
     record: Record | None = None,
 ) -> Agent:
-    """The agent that a resolved configuration names; ``compile`` is applied to its loss functions.
+    """The agent that a resolved configuration names; ``compile`` is applied to the gradients of its losses.
 
     ``record`` makes graphs of its updates, see `rlplastic.agents.graphs`. Over several ranks the configuration is one
     rank's share.

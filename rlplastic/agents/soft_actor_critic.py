@@ -209,7 +209,7 @@ class SoftActorCritic(ABC, Generic[L]):
     def branch(self) -> Self:
         """A twin that learns what this agent would: its own copy of all that is learned, the rest is shared.
 
-        After equal updates both are equal bit for bit. Reward statistics, held noise and compiled losses are one.
+        After equal updates both are equal bit for bit. Reward statistics, held noise and compiled gradients are one.
         """
         twin = copy.copy(self)
         twin.learner, twin._graphed = copy.deepcopy(self.learner), None  # recordings move this agent's tensors

@@ -7,8 +7,9 @@ None of them synchronises with the host.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 Metrics = dict[str, Tensor]
 CriticNoise = Tensor | FlowNoise
 """What a critic's loss takes: standard normal (B, A) for a' ~ pi(s'), and more of it where values are flows."""
+Loss = Callable[..., tuple[Tensor, Metrics]]
+Gradient = Callable[..., tuple[Sequence[Tensor], Metrics]]
+"""Of parameters, and the arguments of a loss: the loss's gradient by these parameters, and its metrics."""
 Rate = float | Tensor
 """A learning rate; as a tensor () it is read when a recorded update runs, and not when it is recorded."""
 Optimizers = Mapping[str, tuple[Adam, nn.Module | None]]
@@ -79,10 +83,10 @@ class Learner:
     actor_optimizer: Adam
     critic_optimizer: Adam
     temperature_optimizer: Adam
-    actor_loss: Callable[..., tuple[Tensor, Metrics]]
-    """The agent's ``update.actor_loss``, compiled or not."""
-    critic_loss: Callable[..., tuple[Tensor, Metrics]]
-    """The agent's ``update.critic_loss`` or ``flow_critic_loss``, compiled or not."""
+    actor_gradient: Gradient
+    """Of the agent's ``update.actor_loss``, compiled or not."""
+    critic_gradient: Gradient
+    """Of the agent's ``update.critic_loss`` or ``flow_critic_loss``, compiled or not."""
     target_entropy: float
     target_rate: float
     backup_entropy: bool
@@ -95,6 +99,17 @@ class Learner:
     def alpha(self) -> Tensor:
         """The entropy temperature, detached."""
         return self.log_alpha.detach().exp()
+
+
+def gradient_of(loss: Loss) -> Gradient:
+    """The gradient of a loss as one function, so that a compiler sees the way back, too, and can join both ways."""
+
+    @wraps(loss)
+    def gradient(parameters: Sequence[Tensor], *arguments: Any) -> tuple[Sequence[Tensor], Metrics]:  # noqa: ANN401
+        value, metrics = loss(*arguments)
+        return torch.autograd.grad(value, parameters), metrics
+
+    return gradient
 
 
 def log_alpha_of(initial_alpha: float, network: nn.Module) -> nn.Parameter:
@@ -193,21 +208,24 @@ def flow_loss(
 
 def actor_step(learner: Learner, inputs: Inputs, noise: Tensor, rate: Rate, *options: Any) -> Metrics:  # noqa: ANN401
     """Move the actor along its loss, with the critic frozen; ``options`` go to the loss."""
-    frozen = learner.critic_optimizer.parameters
+    optimizer, frozen = learner.actor_optimizer, learner.critic_optimizer.parameters
     for parameter in frozen:
         parameter.requires_grad_(False)
-    loss, metrics = learner.actor_loss(learner.actor, learner.critic, learner.alpha(), inputs, noise, *options)
-    metrics = minimise(loss, learner.actor_optimizer, rate, metrics)
+    gradients, metrics = learner.actor_gradient(
+        optimizer.parameters, learner.actor, learner.critic, learner.alpha(), inputs, noise, *options
+    )
     for parameter in frozen:
         parameter.requires_grad_(True)
-    return metrics
+    return descend(optimizer, gradients, metrics, rate)
 
 
 def critic_step(learner: Learner, inputs: Inputs, noise: CriticNoise, rate: Rate, *options: Any) -> Metrics:  # noqa: ANN401
     """Move the critics towards their target; ``options`` go to the loss."""
-    networks = learner.actor, learner.critic, learner.target_critic
-    loss, metrics = learner.critic_loss(*networks, learner.alpha(), inputs, noise, learner.backup_entropy, *options)
-    return minimise(loss, learner.critic_optimizer, rate, metrics)
+    optimizer, networks = learner.critic_optimizer, (learner.actor, learner.critic, learner.target_critic)
+    gradients, metrics = learner.critic_gradient(
+        optimizer.parameters, *networks, learner.alpha(), inputs, noise, learner.backup_entropy, *options
+    )
+    return descend(optimizer, gradients, metrics, rate)
 
 
 def temperature_step(learner: Learner, entropy: Tensor, rate: Rate) -> Metrics:
@@ -237,21 +255,20 @@ def position_of(index: int, budget_used: float, planned_updates: int | None) -> 
 
 
 @torch.no_grad()
-def follow(learner: Learner) -> None:
-    """Target parameters <- lerp(target, critic, target rate); buffers are not copied, nothing is re-projected."""
-    torch._foreach_lerp_(learner.target_parameters, learner.critic_optimizer.parameters, learner.target_rate)
+def follow(targets: list[Tensor], parameters: list[Tensor], rate: float) -> None:
+    """Targets <- lerp(targets, parameters, rate); buffers are not copied, nothing is re-projected."""
+    torch._foreach_lerp_(targets, parameters, rate)
 
 
-def minimise(loss: Tensor, optimizer: Adam, rate: Rate, metrics: Metrics | None = None) -> Metrics:
+def descend(optimizer: Adam, gradients: Sequence[Tensor], metrics: Metrics, rate: Rate) -> Metrics:
     """One optimizer step at learning rate ``rate``; returns the metrics, scalars as means over ranks.
 
     They travel with the gradients, so that all ranks know the same entropy and stop at the same NaN.
     """
-    gradients = torch.autograd.grad(loss, optimizer.parameters)
-    scalars = {name: value for name, value in (metrics or {}).items() if value.ndim == 0}
+    scalars = {name: value for name, value in metrics.items() if value.ndim == 0}
     reduced = optimizer.reduce([*gradients, *scalars.values()])
     optimizer.step(reduced[: len(gradients)], rate)
-    return {**(metrics or {}), **dict(zip(scalars, reduced[len(gradients) :], strict=True))}
+    return {**metrics, **dict(zip(scalars, reduced[len(gradients) :], strict=True))}
 
 
 # State

@@ -63,7 +63,7 @@ def test_a_branch_shares_no_parameter_and_its_updates_leave_the_agent_alone(name
     assert agent.updates == 3 and branch.updates == 8
     for network, other in zip(agent.modules.values(), branch.modules.values(), strict=True):
         assert not {p.data_ptr() for p in network.parameters()} & {p.data_ptr() for p in other.parameters()}
-    assert branch.learner.critic_loss is agent.learner.critic_loss
+    assert branch.learner.critic_gradient is agent.learner.critic_gradient
 
 
 @pytest.mark.parametrize("name", AGENTS)

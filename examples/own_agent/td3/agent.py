@@ -96,7 +96,7 @@ class TD3:
             name: Adam(module.parameters(), reduce=reduction(group, bn_sync, module))
             for name, module in (("actor", self.actor), ("critic", self.critic))
         }
-        self.losses = compile(update.critic_loss), compile(update.actor_loss)
+        self.gradients = [compile(steps.gradient_of(loss)) for loss in (update.critic_loss, update.actor_loss)]
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -132,14 +132,14 @@ class TD3:
         rng = seeding.generator(self.device, seeding.key("td3", self.seed, self.group.rank), "update", self.updates)
         noise = torch.randn(inputs.action.shape, generator=rng, device=self.device) * self.config.smoothing_std
         noise = noise.clamp(-self.config.smoothing_clip, self.config.smoothing_clip)
-        critic_loss, actor_loss = self.losses
-        loss = critic_loss(self.target_actor, self.critic, self.target_critic, inputs, noise)
-        metrics = steps.minimise(loss[0], self.optimizers["critic"], rate, loss[1])
+        critic_gradient, actor_gradient = self.gradients
+        critic, actor = self.optimizers["critic"], self.optimizers["actor"]
+        found = critic_gradient(critic.parameters, self.target_actor, self.critic, self.target_critic, inputs, noise)
+        metrics = steps.descend(critic, *found, rate)
         if self.updates % self.config.actor_every == 0:
-            loss = actor_loss(self.actor, self.critic, inputs)
-            metrics |= steps.minimise(loss[0], self.optimizers["actor"], rate, loss[1])
-            steps.follow(self.target_critic, self.critic, self.config.target_rate)
-            steps.follow(self.target_actor, self.actor, self.config.target_rate)
+            metrics |= steps.descend(actor, *actor_gradient(actor.parameters, self.actor, self.critic, inputs), rate)
+            for target, optimizer in ((self.target_critic, critic), (self.target_actor, actor)):
+                steps.follow(list(target.parameters()), optimizer.parameters, self.config.target_rate)
         self.td_error = metrics.pop("td_error")
         self.updates += 1
         return metrics

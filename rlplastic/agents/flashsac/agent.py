@@ -45,7 +45,7 @@ class FlashSAC(SoftActorCritic[update.Learner]):
         planned_updates: see `rlplastic.agents.soft_actor_critic.SoftActorCritic`.
         device: where the networks live.
         bf16: round the inputs and outputs of the losses' trunk products to bfloat16.
-        compile: turns a loss function into a faster equal one (``torch.compile``), or leaves it.
+        compile: turns a loss's gradient into a faster equal one (``torch.compile``), or leaves it.
         kernels: torch, or triton on a GPU, for the projections.
         group: the ranks that learn together; ``num_envs`` are this one's.
         bn_sync: see `rlplastic.agents.pooling`.
@@ -158,6 +158,7 @@ def _learner(
     assert agent.target_rate is not None, "resolve the configuration first"
     log_alpha = steps.log_alpha_of(agent.initial_alpha, actor)
     target_critic = copy.deepcopy(critic).requires_grad_(False)
+    critic_loss: steps.Loss = update.flow_critic_loss if isinstance(critic, FlowCritic) else update.critic_loss
     return update.Learner(
         actor=actor,
         critic=critic,
@@ -168,8 +169,8 @@ def _learner(
         temperature_optimizer=Adam([log_alpha]),
         actor_bounds=actor_bounds,
         critic_bounds=critic_bounds,
-        actor_loss=compile(update.actor_loss),
-        critic_loss=compile(update.flow_critic_loss if isinstance(critic, FlowCritic) else update.critic_loss),
+        actor_gradient=compile(steps.gradient_of(update.actor_loss)),
+        critic_gradient=compile(steps.gradient_of(critic_loss)),
         target_entropy=update.target_entropy(action_dim, agent.target_std),
         target_rate=agent.target_rate,
         backup_entropy=agent.backup_entropy,

@@ -138,5 +138,5 @@ def critic_step(learner: Learner, inputs: Inputs, noise: steps.CriticNoise, rate
     """Move the critic towards its target, re-project it, and let the target critic follow."""
     metrics = steps.critic_step(learner, inputs, noise, rate, learner.bf16)
     learner.critic_bounds.project()
-    steps.follow(learner)
+    steps.follow(learner.target_parameters, learner.critic_optimizer.parameters, learner.target_rate)
     return metrics

@@ -39,7 +39,7 @@ class SAC(SoftActorCritic[steps.Learner]):
         seed: everything random is a function of it and of step counts.
         planned_updates: see `rlplastic.agents.soft_actor_critic.SoftActorCritic`; nothing without a final rate.
         device: where the networks live.
-        compile: turns a loss function into a faster equal one (``torch.compile``), or leaves it.
+        compile: turns a loss's gradient into a faster equal one (``torch.compile``), or leaves it.
         group: the ranks that learn together; ``num_envs`` are this one's.
         bn_sync: see `rlplastic.agents.pooling`; nothing without batch norms.
         record: see `rlplastic.agents.graphs`.
@@ -106,7 +106,7 @@ class SAC(SoftActorCritic[steps.Learner]):
         if actor_noise is not None:
             metrics |= steps.actor_step(learner, inputs, actor_noise, rates.actor)
             metrics |= steps.temperature_step(learner, metrics["policy/entropy"], rates.actor)
-        steps.follow(learner)
+        steps.follow(learner.target_parameters, learner.critic_optimizer.parameters, learner.target_rate)
         return metrics
 
 
@@ -121,6 +121,7 @@ def _learner(
     assert agent.target_rate is not None, "resolve the configuration first"
     log_alpha = steps.log_alpha_of(agent.initial_alpha, actor)
     target_critic = copy.deepcopy(critic).requires_grad_(False)
+    critic_loss: steps.Loss = update.flow_critic_loss if isinstance(critic, FlowCritic) else update.critic_loss
     return steps.Learner(
         actor=actor,
         critic=critic,
@@ -129,8 +130,8 @@ def _learner(
         actor_optimizer=Adam(actor.parameters(), agent.weight_decay, reduce_with(actor)),
         critic_optimizer=Adam(critic.parameters(), agent.weight_decay, reduce_with(critic, target_critic)),
         temperature_optimizer=Adam([log_alpha]),
-        actor_loss=compile(update.actor_loss),
-        critic_loss=compile(update.flow_critic_loss if isinstance(critic, FlowCritic) else update.critic_loss),
+        actor_gradient=compile(steps.gradient_of(update.actor_loss)),
+        critic_gradient=compile(steps.gradient_of(critic_loss)),
         target_entropy=-float(action_dim),
         target_rate=agent.target_rate,
         backup_entropy=agent.backup_entropy,
