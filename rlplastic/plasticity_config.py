@@ -17,7 +17,7 @@ class AdaptiveConfig:
     until the signal has settled, then `high` for good (arXiv 2310.07418)."""
     signal: str | None = None
     """What is read of the critic: for plateau one name, for continuous also several, separated by commas; None: fau for
-    plateau, as published, else gradient_dormant, and held_out_td_error where episodes are held out."""
+    plateau, as published, else gradient_dormant, and td_gap where episodes are held out."""
     window: int | None = None
     """Environment transitions between two readings; None: those of 50 full episodes for plateau, as published, else
     those of 5, and at least 100 vector steps."""

@@ -166,7 +166,7 @@ class _Settling:
         else:
             otherwise = AGENTS[config.agent.name].settings.get("replay_ratio", (usual, ""))[0]
             self.settle("adaptive.low", otherwise, "the replay ratio that would be chosen otherwise")
-            outside = ",held_out_td_error" if config.replay.holdout != 0 else ""
+            outside = ",td_gap" if config.replay.holdout != 0 else ""
             self.settle("adaptive.signal", f"gradient_dormant{outside}", "informative on networks of every kind")
         self.settle("adaptive.high", 4 * (adaptive.low or 0.0), "four times the least, as published")
         held_out = any(SIGNALS[name].source == "td_error" for name in pacing.signals_of(adaptive))

@@ -211,7 +211,7 @@ def test_open_settings_are_the_published_ones_for_the_published_rule() -> None:
 def test_open_settings_of_the_continuous_rule_start_from_the_usual_ratio_and_hold_episodes_out() -> None:
     config = resolved("replay_ratio=adaptive", "agent=sac")
     assert (config.adaptive.low, config.adaptive.high, config.replay.holdout) == (1.0, 4.0, 0.05)
-    assert config.adaptive.signal == "gradient_dormant,held_out_td_error"
+    assert config.adaptive.signal == "gradient_dormant,td_gap"
     assert resolved("replay_ratio=adaptive", "replay.holdout=0").adaptive.signal == "gradient_dormant"
     assert resolved().replay.holdout == 0 and resolved().first_replay_ratio == 0.5
     assert resolved("replay_ratio=2").first_replay_ratio == 2

@@ -12,16 +12,22 @@ stays near one half, and the rule fires at its first comparison.
 `ContinuousRule` is ours. Of any signals x, each smoothed to a level f and compared with a reference m:
 
     f <- f + (x - f) / memory
-    d = s (f - m) / max(|m|, floor)        s = +1 where larger is worse, else -1
+    e = 3 sqrt(v / (2 memory - 1))         three standard errors of a level, where v is the noise of a reading:
+    v: mean of (x - x_before)^2 / 2        over up to 4 memory windows before this one
+    w = s (f - m)                          s = +1 where larger is worse, else -1
+    d = w' / max(|m|, floor)               w' is w, nearer to 0 by e, and 0 within e
     ratio <- min(high, ratio * step)       if max d < calm
     ratio <- max(low, ratio / step)        if max d > alarm
-    m <- f                                 if f is better than m
-    m <- m + (f - m) / memory              else, but only while ratio = low
+    m <- m + s w'                          if w' < 0
+    m <- m + (f - m) / memory              if w > 0, but only while ratio = low
 
 So it starts low, rises while nothing is worse than the best it was, falls while something is, and may rise again.
 Between ``calm`` and ``alarm`` it holds: a change of direction takes a change of the signals by the difference of the
 two. A level that is worse is accepted only if it stays so at the least ratio, where updates are not to blame: a
-reference that always followed would forget what the ratio does, and let it creep up to its bound.
+reference that always followed would forget what the ratio does, and let it creep up to its bound. What noise explains
+is no change, neither for better nor for worse: the best of many noisy levels lies below those that follow, and a signal
+that moves by more than ``alarm`` between two windows would hold the ratio at its least for ever. Noise is read from
+neighbouring windows, where a trend hardly shows.
 """
 
 from __future__ import annotations
@@ -29,7 +35,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from rlplastic.errors import ConfigurationError
 
@@ -156,6 +162,24 @@ class PlateauRule:
         self.ratio = self.high if self._fired else self.low
 
 
+NOISE = 3.0
+"""Standard errors of a level that noise may have done."""
+
+
+class Noise(NamedTuple):
+    """What is known of a signal's noise: the last value, and half the mean square of so many differences."""
+
+    last: float
+    variance: float
+    differences: int
+
+    def after(self, value: float, memory: float) -> Noise:
+        """With one more value; the mean goes back ``memory`` differences."""
+        seen = self.differences + 1
+        variance = self.variance + ((value - self.last) ** 2 / 2 - self.variance) / min(seen, memory)
+        return Noise(value, variance, seen)
+
+
 class ContinuousRule:
     """Rises in small steps while no signal is worse than its reference, and falls while one is; see above.
 
@@ -190,6 +214,7 @@ class ContinuousRule:
         self.ratio = low
         self._levels: dict[str, float] = {}
         self._references: dict[str, float] = {}
+        self._noises: dict[str, Noise] = {}
 
     def decide(self, readings: Mapping[str, float]) -> Decision:
         """See `Rule.decide`; the first reading of a signal is what its reference begins with, and moves nothing."""
@@ -204,7 +229,7 @@ class ContinuousRule:
         name = max(worse, key=lambda each: worse[each])
         told = f"{name} is {worse[name]:.1%} worse than its reference"
         if worse[name] <= 0:
-            told = "no signal is worse than at its best"
+            told = "no signal is worse than at its best by more than its noise"
         before = self.ratio
         if worse[name] > self.alarm:
             self.ratio = max(self.low, before / self.step)
@@ -222,24 +247,35 @@ class ContinuousRule:
         level = self._levels.get(name, value)
         level += (value - level) / self.memory
         reference = self._references.get(name, level)
-        change = (level - reference) / max(abs(reference), signal.floor)
-        worse = -change if signal.low_is_worse else change
+        sign = -1 if signal.low_is_worse else 1
+        worse = sign * (level - reference)
+        noise = self._noises.get(name, Noise(value, 0.0, 0))
+        allowed = NOISE * math.sqrt(noise.variance / (2 * self.memory - 1))
+        beyond = math.copysign(max(abs(worse) - allowed, 0.0), worse)
+        change = beyond / max(abs(reference), signal.floor)
         if worse <= 0:
-            reference = level
+            reference += sign * beyond
         elif self.ratio == self.low:
             reference += (level - reference) / self.memory
         self._levels[name], self._references[name] = level, reference
-        return worse
+        self._noises[name] = noise.after(value, 4 * self.memory) if name in self._noises else noise
+        return change
 
     def rebase(self) -> None:
         """See `Rule.rebase`; the next reading is what references begin with."""
-        self._levels, self._references = {}, {}
+        self._levels, self._references, self._noises = {}, {}, {}
 
     def state_dict(self) -> dict[str, Any]:
         """See `Rule.state_dict`."""
-        return {"ratio": self.ratio, "levels": dict(self._levels), "references": dict(self._references)}
+        return {
+            "ratio": self.ratio,
+            "levels": dict(self._levels),
+            "references": dict(self._references),
+            "noises": {name: list(noise) for name, noise in self._noises.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Rule.load_state_dict`."""
         self.ratio = state["ratio"]
         self._levels, self._references = dict(state["levels"]), dict(state["references"])
+        self._noises = {name: Noise(*noise) for name, noise in state.get("noises", {}).items()}  # none in older ones
