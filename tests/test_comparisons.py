@@ -43,12 +43,16 @@ def test_arms_are_compared_at_equal_steps_and_at_the_time_of_the_quickest_run(
     compare = script(monkeypatch, "replay_ratio")
     long = run_at(tmp_path / "long", returns=(0.0, 10.0, 20.0, 40.0))
     quick = run_at(tmp_path / "quick", returns=(5.0, 15.0, 30.0))
-    assert compare.late_return(long, "step", 4000) == (20 + 40) / 2
-    assert compare.late_return(long, "seconds", 25.0) == (10 + 15) / 2, "at 20 s, and between 20 and 30"
+    assert compare.late_return(long.curve("step"), 4000) == (20 + 40) / 2
+    assert compare.late_return(long.curve("seconds"), 25.0) == (10 + 15) / 2, "at 20 s, and between 20 and 30"
     lines = compare.table("sac", {"fixed_4": [long], "ours": [quick]})
     assert lines[2].startswith("Equal time: 30 s of training")
     assert lines[-3] == "| fixed_4 | 1 | 30 | 20 | 2,000 | 40 |"
     assert lines[-2] == "| ours | 1 | 30 | 30 | 1,500 | 30 |"
+    # At 2 ms and 4 for the two updates of a transition: evaluations at 4, 8, 12 and 16 seconds.
+    lines = compare.table("sac", {"fixed_4": [long], "ours": [quick]}, (2.0, 4.0))
+    assert lines[2].startswith("Equal time: 12 s of training, at 2 ms for a transition and 4 for an update")
+    assert lines[-3] == "| fixed_4 | 1 | 30 | 20 | 2,000 | 16 |"
 
 
 def test_the_signal_is_drawn_where_it_was_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,17 +1,20 @@
 """Fixed and adaptive replay ratios at equal steps and at equal time, and what the published signal says.
 
-    python benchmarks/replay_ratio/compare.py
+    python benchmarks/replay_ratio/compare.py [--cost sac=1.5,6 flashsac=1.5,12]
 
 Reads the run directories that the grid left beside this file, and writes ``comparison.md`` (returns with 95 % t
 intervals over seeds) and ``comparison.png``: the ratio over environment transitions, and the fraction of active units
-that the published rule decides by. Equal time is that of the quickest run of a task.
+that the published rule decides by. Equal time is that of the quickest run of a task; it is what the clock told, which
+means little for runs beside other work, or with ``--cost`` what a task's transitions and updates took: milliseconds of
+one of either, measured alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +26,28 @@ sys.path.append(str(HERE.parent))
 
 import grid  # noqa: E402 - found by the line above
 from grid_results import interval, replace_file, with_interval  # noqa: E402
-from rlplastic.analysis.runs import Run, read_run  # noqa: E402
+from rlplastic.analysis.runs import Curve, Run, read_run  # noqa: E402
 
 Trace = tuple[list[int], list[float]]
 LATE = 0.75
 """The mean over evaluations from this share of the steps, or of the time, on: single ones move by more than arms do."""
 
 
-def late_return(run: Run, axis: str, end: float) -> float:
-    """Mean of the evaluations in the last quarter before ``end`` on an axis, the one interpolated there included."""
-    x, y = run.curve(axis)
+Cost = tuple[float, float] | None
+"""Milliseconds of a transition and of an update; None: the clock's time counts."""
+
+
+def seconds(run: Run, cost: Cost) -> tuple[Curve, float]:
+    """Evaluations over the time of training, and how long that was."""
+    if cost is None:
+        return run.curve("seconds"), run.train_seconds
+    spent = [cost[0] * run.evaluations["step"], cost[1] * run.evaluations["updates"]]
+    return (sum(spent) / 1e3, run.evaluations["return_mean"]), (cost[0] * run.steps + cost[1] * run.updates) / 1e3
+
+
+def late_return(curve: Curve, end: float) -> float:
+    """Mean of the evaluations in the last quarter before ``end`` on a curve, the one interpolated there included."""
+    x, y = curve
     inside = (x >= LATE * end) & (x < end)
     return float(np.append(y[inside], np.interp(end, x, y)).mean())
 
@@ -52,23 +67,27 @@ def decisions(path: Path) -> tuple[Trace, Trace]:
     return ratios, active
 
 
-def table(task: str, runs: dict[str, list[Run]]) -> list[str]:
+def table(task: str, runs: dict[str, list[Run]], cost: Cost = None) -> list[str]:
     """Rows of one task."""
-    quickest = min(run.train_seconds for members in runs.values() for run in members)
+    times = {arm: [seconds(run, cost) for run in members] for arm, members in runs.items()}
+    quickest = min(end for members in times.values() for _, end in members)
+    how = "" if cost is None else f", at {cost[0]:g} ms for a transition and {cost[1]:g} for an update"
     lines = [
         f"## {task}",
         "",
-        f"Equal time: {quickest:.0f} s of training. Late return: mean over the last quarter of the steps, and of that.",
+        f"Equal time: {quickest:.0f} s of training{how}. Late return: mean over the last quarter of the steps, and of "
+        "that.",
         "",
         "| arm | seeds | late return at equal steps ± 95 % CI | at equal time | updates | seconds |",
         "|---|---|---|---|---|---|",
     ]
     for arm, members in runs.items():
-        at_steps = [late_return(run, "step", run.steps) for run in members]
-        at_time = [late_return(run, "seconds", quickest) for run in members]
+        at_steps = [late_return(run.curve("step"), run.steps) for run in members]
+        at_time = [late_return(curve, quickest) for curve, _ in times[arm]]
         shown = (with_interval(*interval(values)) for values in (at_steps, at_time))
-        means = (f"{np.mean([getattr(run, name) for run in members]):,.0f}" for name in ("updates", "train_seconds"))
-        lines.append(f"| {' | '.join((arm, str(len(members)), *shown, *means))} |")
+        means = (np.mean([run.updates for run in members]), np.mean([end for _, end in times[arm]]))
+        cells = arm, str(len(members)), *shown, *(f"{mean:,.0f}" for mean in means)
+        lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
 
@@ -93,8 +112,12 @@ def _lines(panel: Axes, traces: Iterable[Trace], label: str, colour: str) -> Non
         panel.plot(*trace, color=colour, alpha=0.8, label=None if number else label)
 
 
-def main(warn: Callable[[str], None] = print) -> None:
+def main(arguments: Sequence[str] = (), warn: Callable[[str], None] = print) -> None:
     """See the module."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--cost", nargs="*", default=[], metavar="TASK=TRANSITION,UPDATE", help="milliseconds of one")
+    given = (pair.partition("=") for pair in parser.parse_args(arguments).cost)
+    costs = {task: tuple(float(number) for number in numbers.split(",")) for task, _, numbers in given}
     plan = grid.load(HERE / "grid.yaml")
     tasks: dict[str, dict[str, list[Run]]] = {}
     for run in grid.plan(plan, HERE):
@@ -103,11 +126,11 @@ def main(warn: Callable[[str], None] = print) -> None:
             tasks.setdefault(run.task, {}).setdefault(run.arm, []).append(read)
     lines = ["# Adaptive replay ratio, beside fixed ones", ""]
     for task, runs in tasks.items():
-        lines += table(task, runs)
+        lines += table(task, runs, costs.get(task))
     replace_file(HERE / "comparison.md", "\n".join(lines))
     draw(tasks, HERE / "comparison.png")
     print("\n".join(lines))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
