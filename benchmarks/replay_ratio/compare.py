@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
@@ -92,18 +93,25 @@ def table(task: str, runs: dict[str, list[Run]], cost: Cost = None) -> list[str]
 
 
 def draw(tasks: dict[str, dict[str, list[Run]]], path: Path) -> None:
-    """Above the ratios, below the fraction of active units; a column per task."""
-    figure = Figure(figsize=(4.6 * len(tasks), 6), layout="constrained")
-    panels = figure.subplots(2, len(tasks), squeeze=False, sharex="col")
+    """Mean returns, ratios, and the fraction of active units; a column per task."""
+    figure = Figure(figsize=(4.6 * len(tasks), 8), layout="constrained")
+    panels = figure.subplots(3, len(tasks), squeeze=False, sharex="col")
+    for panel in panels[2, 1:]:  # that the one hardly moves shows beside the other
+        panel.sharey(panels[2, 0])
     for column, (task, runs) in enumerate(tasks.items()):
         for index, (arm, members) in enumerate(runs.items()):
+            curves = [run.curve("step") for run in members]
+            steps = curves[0][0]
+            panels[0, column].plot(steps, np.mean([np.interp(steps, *each) for each in curves], axis=0), label=arm)
             traces = [decisions(run.path) for run in members]
-            for panel, of_panel in zip(panels[:, column], zip(*traces, strict=True), strict=True):
+            for panel, of_panel in zip(panels[1:, column], zip(*traces, strict=True), strict=True):
                 _lines(panel, [trace for trace in of_panel if trace[0]], arm, f"C{index}")
-        panels[0, column].set(title=task, ylabel="updates per transition", yscale="log")
-        panels[1, column].set(xlabel="environment transitions", ylabel="fraction of active units")
-        if panels[0, column].get_legend_handles_labels()[0]:
-            panels[0, column].legend(fontsize="small")
+        panels[0, column].set(title=task, ylabel="evaluation return, mean")
+        panels[0, column].legend(fontsize="small")
+        panels[1, column].set(ylabel="updates per transition", yscale="log", yticks=(0.25, 0.5, 1, 2, 4))
+        panels[1, column].yaxis.set_major_formatter("{x:g}")
+        panels[1, column].yaxis.set_minor_locator(NullLocator())
+        panels[2, column].set(xlabel="environment transitions", ylabel="fraction of active units")
     figure.savefig(path, dpi=120)
 
 
