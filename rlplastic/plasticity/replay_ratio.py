@@ -227,18 +227,18 @@ class ContinuousRule:
         if not worse:
             return Decision(self.ratio, 0, "no signal can be compared yet", worse)
         name = max(worse, key=lambda each: worse[each])
-        told = f"{name} is {worse[name]:.1%} worse than its reference"
+        before, alarmed = self.ratio, worse[name] > self.alarm
+        calm = not alarmed and worse[name] < self.calm
+        where = "above alarm" if alarmed else "below calm" if calm else "between calm and alarm"
+        told = f"{name} is {worse[name]:.1%} worse than its reference, {where}"
         if worse[name] <= 0:
             told = "no signal is worse than at its best by more than its noise"
-        before = self.ratio
-        if worse[name] > self.alarm:
+        if alarmed:
             self.ratio = max(self.low, before / self.step)
-        elif worse[name] < self.calm:
+        elif calm:
             self.ratio = min(self.high, before * self.step)
-        else:
-            return Decision(before, 0, f"{told}, between calm and alarm", worse)
-        if self.ratio == before:
-            told += f", and {before:g} is the {'least' if worse[name] > self.alarm else 'most'}"
+        if self.ratio == before and (alarmed or calm):
+            told += f", and {before:g} is the {'least' if alarmed else 'most'}"
         return Decision(self.ratio, (self.ratio > before) - (self.ratio < before), told, worse)
 
     def _take(self, name: str, value: float) -> float:

@@ -160,7 +160,7 @@ def test_one_signal_that_gets_worse_outweighs_all_that_do_not() -> None:
     assert [rule.decide(steady).ratio for _ in range(2)] == [0.5, 1.0]
     decision = rule.decide(steady | {"gradient_dormant": 0.1})
     assert (decision.ratio, decision.move) == (0.5, -1)
-    assert decision.reason.startswith("gradient_dormant is 20.0% worse")
+    assert decision.reason == "gradient_dormant is 20.0% worse than its reference, above alarm"
     assert decision.worse == pytest.approx({"fau": 0.0, "gradient_dormant": 0.2, "held_out_td_error": 0.0})
 
 
