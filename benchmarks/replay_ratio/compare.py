@@ -3,10 +3,10 @@
     python benchmarks/replay_ratio/compare.py [--cost sac=1.5,6 flashsac=1.5,12]
 
 Reads the run directories that the grid left beside this file, and writes ``comparison.md`` (returns with 95 % t
-intervals over seeds) and ``comparison.png``: the ratio over environment transitions, and the fraction of active units
-that the published rule decides by. Equal time is that of the quickest run of a task; it is what the clock told, which
-means little for runs beside other work, or with ``--cost`` what a task's transitions and updates took: milliseconds of
-one of either, measured alone.
+intervals over seeds) and ``comparison.png``: mean returns, ratios, and the fraction of active units that the published
+rule decides by, over environment transitions. Equal time is that of the quickest run of a task; it is what the clock
+told, which means little for runs beside other work, or with ``--cost`` what a task's transitions and updates took:
+milliseconds of one of either, measured alone.
 """
 
 from __future__ import annotations
@@ -32,8 +32,6 @@ from rlplastic.analysis.runs import Curve, Run, read_run  # noqa: E402
 Trace = tuple[list[int], list[float]]
 LATE = 0.75
 """The mean over evaluations from this share of the steps, or of the time, on: single ones move by more than arms do."""
-
-
 Cost = tuple[float, float] | None
 """Milliseconds of a transition and of an update; None: the clock's time counts."""
 

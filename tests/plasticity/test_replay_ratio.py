@@ -179,8 +179,12 @@ def next_error(error: float, ratio: float) -> float:
     return error + 0.3 * (1 + max(ratio - 1, 0) ** 2 - error)
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.05, 0.3])
-def test_where_a_high_ratio_raises_the_error_it_settles_below(noise: float) -> None:
+@pytest.mark.parametrize(
+    ("noise", "most", "mean", "worst"), [(0.0, 1.8, 1.4, 1.4), (0.05, 1.8, 1.4, 1.5), (0.3, 3.0, 2.0, 4.4)]
+)
+def test_where_a_high_ratio_raises_the_error_it_settles_below(
+    noise: float, most: float, mean: float, worst: float
+) -> None:
     rng = random.Random(0)
     rule, error, ratios, errors = ContinuousRule(0.5, 8.0), 1.0, [], []
     for _ in range(2000):
@@ -188,8 +192,8 @@ def test_where_a_high_ratio_raises_the_error_it_settles_below(noise: float) -> N
         error = next_error(error, ratios[-1])
         errors.append(error)
     late = ratios[500:]
-    assert min(late) > 0.6 and max(late) < 1.8 + 4 * noise and 1.0 < sum(late) / len(late) < 1.4 + 2 * noise
-    assert max(errors) < 1.4 + 10 * noise, "fixed at its bound the error would go to 50"
+    assert min(late) > 0.6 and max(late) < most and 1.0 < sum(late) / len(late) < mean
+    assert max(errors) < worst, "fixed at its bound the error would go to 50"
     assert ratios_on([1.0] * 100, ContinuousRule(0.5, 8.0))[-1] == 8.0, "and nothing else keeps it low"
 
 
