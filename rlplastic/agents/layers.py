@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from rlplastic.errors import ConfigurationError
 from rlplastic.kernels.batch_norm import affine, normalise
 from rlplastic.kernels.norm_bounds import NormProjection, project_norms
-from rlplastic.kernels.relu import relu as rectified
 
 
 def _lead(members: int | None) -> tuple[int, ...]:
@@ -121,7 +120,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         """Scale each column of (..., dim, B) to root mean square 1, then by the gain; cut off below 0 if ``relu``."""
         y = x * torch.rsqrt(x.square().mean(-2, keepdim=True) + self.eps) * self.gain.unsqueeze(-1)
-        return rectified(y) if relu else y
+        return y.relu() if relu else y
 
 
 class ResidualBlock(nn.Module):

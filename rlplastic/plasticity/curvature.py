@@ -1,9 +1,9 @@
 """Curvature of a loss, and the empirical neural tangent kernel of an output.
 
 A product with the Hessian differentiates twice. An autograd function that saves intermediate results is silently taken
-as constant the second time: `rlplastic.kernels.batch_norm` with batch statistics is one, so a loss of a norm-bounded
-network must use running statistics here. What comes out otherwise is not symmetric, which is checked. Per-sample
-gradients are taken one by one and not by ``torch.func.vmap``, which custom autograd functions must be written for.
+as constant the second time, as that of `rlplastic.kernels.batch_norm` is where it was compiled: losses must be plain
+here. What comes out otherwise is not symmetric, which is checked. Per-sample gradients are taken one by one and not by
+``torch.func.vmap``, which custom autograd functions must be written for.
 
 Random vectors come from a generator of their own, on the CPU, so the global one is left alone and a seed means the same
 on every device.
@@ -73,7 +73,7 @@ class Hessian:
         if bool((u @ hv - v @ hu).abs() > ASYMMETRY * scale):
             raise ConfigurationError(
                 "second derivatives of the loss are wrong (the Hessian is not symmetric); expected plain operations: "
-                "evaluate batch norms with running statistics"
+                "neither compiled ones nor autograd functions of one's own"
             )
         return self
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from rlplastic.agents.flow import BINS, Encoding, FlowCritic, Velocity
 from rlplastic.agents.heads import Categorical, Scalar, Values
 from rlplastic.config import CategoricalCriticConfig, CriticConfig, FlowCriticConfig
-from rlplastic.kernels.relu import relu
 
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
 
@@ -56,14 +55,6 @@ class LayerNorm(nn.Module):
         return normalised * self.gain.unsqueeze(-2) + self.bias.unsqueeze(-2)
 
 
-class ReLU(nn.ReLU):
-    """`rlplastic.kernels.relu.relu` as a module."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As ``x``."""
-        return relu(x)
-
-
 def trunk(input_dim: int, width: int, depth: int, layer_norm: bool, members: int | None = None) -> nn.Sequential:
     """``depth`` hidden layers of ``width``: linear, layer normalisation if asked for, ReLU."""
     layers: list[nn.Module] = []
@@ -71,7 +62,7 @@ def trunk(input_dim: int, width: int, depth: int, layer_norm: bool, members: int
         layers.append(Linear(width if index else input_dim, width, members))
         if layer_norm:
             layers.append(LayerNorm(width, members))
-        layers.append(ReLU())
+        layers.append(nn.ReLU())
     return nn.Sequential(*layers)
 
 
