@@ -104,8 +104,9 @@ class AgentConfig:
     """The target critic moves by this fraction after every update; 0.01 [F], 0.005 [S]; None: as above."""
     actor_every: int = 1
     """The actor and the temperature learn on every `actor_every`-th update, the first included; 2 [F], 1 [S]."""
-    initial_alpha: float = 1.0
-    """Entropy temperature at the start; 0.01 [F], Stable-Baselines3's 1 for SAC."""
+    initial_alpha: float | None = None
+    """Entropy temperature at the start; 0.01 [F]; None: 0.01 where rewards are scaled, or the bonus would be all that
+    values tell apart, otherwise Stable-Baselines3's 1."""
     reward_scaling: bool | None = None
     """Divide rewards by the running scale of the discounted return at sampling time; on in [F]; None: where the
     critic's values have bounds, which scalar ones have not."""
@@ -123,7 +124,7 @@ class FlashSACConfig(AgentConfig):
     final_learning_rate: float = 1.5e-4
     """Adam's learning rate at the end of the cosine [F]."""
     actor_every: int = 2
-    initial_alpha: float = 0.01
+    initial_alpha: float | None = 0.01
     target_std: float = 0.15
     """The target entropy is that of a Gaussian with this deviation in every action dimension [F]."""
     reward_scaling: bool | None = True

@@ -141,6 +141,9 @@ class _Settling:
             bounded = config.critic.kind != "scalar"
             bounds = "has bounds, which returns must fit" if bounded else "has no bounds"
             self.settle("agent.reward_scaling", bounded, f"critic={config.critic.kind} {bounds}")
+        if config.agent.initial_alpha is None:
+            scaled = bool(config.agent.reward_scaling)
+            self.settle("agent.initial_alpha", 0.01 if scaled else 1.0, f"rewards are {'' if scaled else 'not '}scaled")
         self.settle("replay.batch_size", 256 if small else 2048, self.kind)
         large = not self.on_cpu and machine.device_gigabytes >= LARGE_GPU_GIGABYTES
         where = f"for {machine.device_gigabytes:.0f} GB of GPU memory" if not self.on_cpu else "for CPU simulators"

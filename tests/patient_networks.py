@@ -62,7 +62,9 @@ def agent_of(kind: str, seed: int = 0, width: int = 8, updates: int = 3) -> Flas
             DIMS, ACTIONS, ENVS, config, FLOW if flows else CategoricalCriticConfig(num_atoms=11), seed=seed
         )
     else:
-        plain = SACConfig(critic_width=width, actor_width=width, gamma=0.99, layer_norm=kind == "sac_layer_norm")
+        plain = SACConfig(
+            critic_width=width, actor_width=width, gamma=0.99, initial_alpha=1.0, layer_norm=kind == "sac_layer_norm"
+        )
         agent = SAC(DIMS, ACTIONS, ENVS, plain, FLOW if flows else ScalarCriticConfig(), seed=seed)
     for index in range(updates):
         agent.update(random_batch(DIMS, ACTIONS, ROWS, index, 0.8), 0.0)

@@ -74,7 +74,9 @@ def test_a_policy_is_loaded_whatever_its_critic_was(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("depth", "layer_norm"), [(1, False), (3, True)])
 def test_a_policy_of_plain_sac_is_loaded_too(tmp_path: Path, depth: int, layer_norm: bool) -> None:
-    settings = SACConfig(critic_width=8, actor_width=16, actor_depth=depth, layer_norm=layer_norm, gamma=0.99)
+    settings = SACConfig(
+        critic_width=8, actor_width=16, actor_depth=depth, layer_norm=layer_norm, gamma=0.99, initial_alpha=1.0
+    )
     agent = SAC({"policy": 5}, 2, 1, settings, ScalarCriticConfig())
     config = Config(agent=settings, critic=ScalarCriticConfig())
     save(tmp_path / "run", agent, config=config)

@@ -155,8 +155,9 @@ def _sac(agent: SAC, inputs: Inputs | None) -> dict[str, Patient]:
 
 
 def _temperature(agent: FlashSAC | SAC) -> Temperature:
-    learner = agent.learner
-    return Temperature(learner.log_alpha, learner.temperature_optimizer, agent.config.initial_alpha)
+    learner, initial = agent.learner, agent.config.initial_alpha
+    assert initial is not None
+    return Temperature(learner.log_alpha, learner.temperature_optimizer, initial)
 
 
 def _fresh(agent: FlashSAC | SAC, name: str, make: Callable[[], nn.Module], key: int) -> nn.Module:

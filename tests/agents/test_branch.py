@@ -21,7 +21,7 @@ AGENTS = ["flashsac", "sac"]
 
 def agent_of(name: str) -> Any:
     if name == "sac":
-        plain = SACConfig(critic_width=8, actor_width=8, gamma=0.99, weight_decay=0.01)
+        plain = SACConfig(critic_width=8, actor_width=8, gamma=0.99, initial_alpha=1.0, weight_decay=0.01)
         return SAC(DIMS, ACTIONS, ENVS, plain, ScalarCriticConfig())
     flash = FlashSACConfig(critic_width=8, actor_width=8, gamma=0.99, num_blocks=1)
     return FlashSAC(DIMS, ACTIONS, ENVS, flash, CategoricalCriticConfig(num_atoms=11))
@@ -86,7 +86,7 @@ def test_what_a_branch_learned_is_taken_over_in_place_and_then_goes_on_alike(nam
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_a_branch_runs_through_the_compiled_losses_of_its_agent_and_compiles_nothing_anew() -> None:
-    plain = SACConfig(critic_width=8, actor_width=8, gamma=0.99)
+    plain = SACConfig(critic_width=8, actor_width=8, gamma=0.99, initial_alpha=1.0)
 
     agent, alone = (SAC(DIMS, ACTIONS, ENVS, plain, ScalarCriticConfig(), compile=compiled) for _ in range(2))
     learn(agent, 0, 3), learn(alone, 0, 3)

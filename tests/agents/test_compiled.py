@@ -94,13 +94,13 @@ FLOW = FlowCriticConfig(steps=2, noises=2)
 MADE: dict[str, Callable[..., FlashSAC | SAC]] = {
     "FlashSAC, scalar": partial(FlashSAC, agent=FlashSACConfig(**COMMON, num_blocks=1), critic=ScalarCriticConfig()),
     "FlashSAC, flow": partial(FlashSAC, agent=FlashSACConfig(**COMMON, num_blocks=1), critic=FLOW),
-    "SAC, scalar": partial(SAC, agent=SACConfig(**COMMON), critic=ScalarCriticConfig()),
+    "SAC, scalar": partial(SAC, agent=SACConfig(**COMMON, initial_alpha=1.0), critic=ScalarCriticConfig()),
     "SAC, categorical, layer norms, decay": partial(
         SAC,
-        agent=SACConfig(**COMMON, layer_norm=True, weight_decay=0.01, reward_scaling=True),
+        agent=SACConfig(**COMMON, initial_alpha=1.0, layer_norm=True, weight_decay=0.01, reward_scaling=True),
         critic=CategoricalCriticConfig(num_atoms=21),
     ),
-    "SAC, flow": partial(SAC, agent=SACConfig(**COMMON, reward_scaling=True), critic=FLOW),
+    "SAC, flow": partial(SAC, agent=SACConfig(**COMMON, initial_alpha=1.0, reward_scaling=True), critic=FLOW),
 }
 
 

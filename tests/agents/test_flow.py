@@ -446,7 +446,7 @@ def test_values_of_a_small_markov_chain_converge_to_the_closed_form(name: str, n
     if name == "flashsac":
         agent = FlashSAC({"policy": 5}, 1, 1, FlashSACConfig(**common), critic)
     else:
-        agent = SAC({"policy": 5}, 1, 1, SACConfig(**common, layer_norm=True), critic)
+        agent = SAC({"policy": 5}, 1, 1, SACConfig(**common, layer_norm=True, initial_alpha=1.0), critic)
     rows = torch.arange(5).repeat(8)
     rng = torch.Generator().manual_seed(0)
     updates = 1000 if name == "flashsac" else 3000

@@ -71,7 +71,7 @@ class Recorder:
 def agent_of(name: str, record: Any = None, **device: Any) -> Any:
     common: dict[str, Any] = {"critic_width": 8, "actor_width": 8, "gamma": 0.99, "final_learning_rate": 1e-5}
     if name == "sac":
-        plain = SACConfig(**common, weight_decay=0.01)
+        plain = SACConfig(**common, weight_decay=0.01, initial_alpha=1.0)
         return SAC(DIMS, ACTIONS, ENVS, plain, ScalarCriticConfig(), record=record, **device)
     critic = FlowCriticConfig(steps=2, noises=2) if name == "flow" else CategoricalCriticConfig(num_atoms=11)
     return FlashSAC(DIMS, ACTIONS, ENVS, FlashSACConfig(**common, num_blocks=1), critic, record=record, **device)

@@ -38,7 +38,7 @@ def agent_of(name: str, group: Group = ALONE, bn_sync: str = "running") -> Agent
                 DIMS,
                 ACTIONS,
                 ENVS,
-                SACConfig(critic_width=16, actor_width=16, gamma=0.99),
+                SACConfig(critic_width=16, actor_width=16, gamma=0.99, initial_alpha=1.0),
                 ScalarCriticConfig(),
                 **common,
             )

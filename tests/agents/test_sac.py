@@ -34,7 +34,7 @@ RATE, TAU = 3e-4, 0.005
 
 
 def agent_of(seed: int = 0, compile: Any = lambda function: function, **settings: Any) -> SAC:
-    config = SACConfig(critic_width=WIDTH, actor_width=WIDTH, gamma=GAMMA, **settings)
+    config = SACConfig(critic_width=WIDTH, actor_width=WIDTH, gamma=GAMMA, **{"initial_alpha": 1.0, **settings})
     return SAC(DIMS, ACTIONS, ENVS, config, ScalarCriticConfig(), seed=seed, compile=compile)
 
 
@@ -317,6 +317,21 @@ def test_defaults_are_those_of_stable_baselines3() -> None:
     assert agent_of().learner.target_entropy == -ACTIONS and float(agent_of().learner.alpha()) == 1
 
 
+@pytest.mark.parametrize(
+    ("overrides", "alpha"),
+    [
+        (["critic=categorical"], 0.01),
+        (["critic=flow"], 0.01),
+        (["agent.reward_scaling=true"], 0.01),
+        (["critic=categorical", "agent.reward_scaling=false"], 1.0),
+        (["critic=flow", "agent.initial_alpha=0.5"], 0.5),
+    ],
+)
+def test_the_temperature_starts_low_where_rewards_are_scaled(overrides: list[str], alpha: float) -> None:
+    config, _ = resolve(compose(["agent=sac", "env=hopper", "device=cpu", *overrides]), probe_machine("cpu"))
+    assert config.agent.initial_alpha == alpha
+
+
 def test_rewards_are_scaled_by_the_deviation_alone_when_asked() -> None:
     agents = [agent_of(), agent_of(reward_scaling=True)]
     reward, flags = np.array([1.0, 30.0, -4.0], np.float32), np.zeros(ENVS, bool)
@@ -414,7 +429,7 @@ def test_compiled_equals_eager_and_compiles_nothing_after_the_second_update() ->
 
 @pytest.mark.gpu
 def test_updates_on_a_gpu_are_those_on_a_cpu() -> None:
-    config = SACConfig(critic_width=WIDTH, actor_width=WIDTH, gamma=GAMMA, layer_norm=True)
+    config = SACConfig(critic_width=WIDTH, actor_width=WIDTH, gamma=GAMMA, initial_alpha=1.0, layer_norm=True)
     cpu, gpu = (SAC(DIMS, ACTIONS, ENVS, config, ScalarCriticConfig(), device=device) for device in ("cpu", "cuda"))
     gpu.load_state_dict(cpu.state_dict())
     for index in range(5):

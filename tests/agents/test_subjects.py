@@ -42,7 +42,8 @@ def agent_of(name: str, updates: int = 5) -> Any:
         flash = FlashSACConfig(critic_width=WIDTH, actor_width=WIDTH, gamma=GAMMA, num_blocks=1)
         agent: Any = FlashSAC(DIMS, ACTIONS, ENVS, flash, CRITICS.get(critic, CRITICS["categorical"]))
     else:
-        plain = SACConfig(critic_width=WIDTH, actor_width=WIDTH, gamma=GAMMA, layer_norm=name.endswith("norm"))
+        sizes: dict[str, Any] = {"critic_width": WIDTH, "actor_width": WIDTH, "gamma": GAMMA}
+        plain = SACConfig(**sizes, initial_alpha=1.0, layer_norm=name.endswith("norm"))
         agent = SAC(DIMS, ACTIONS, ENVS, plain, CRITICS.get(critic, CRITICS["scalar"]))
     for index in range(updates):
         agent.update(random_batch(DIMS, ACTIONS, ROWS, index, kept=0.7), 0.0)

@@ -28,7 +28,7 @@ def agent_of(name: str, critic: str, noise: float) -> FlashSAC | SAC:
     settings = CRITICS[critic](noise)
     if name == "flashsac":
         return FlashSAC(DIMS, ACTIONS, 2, FlashSACConfig(num_blocks=1, **common), settings, seed=SEED)
-    return SAC(DIMS, ACTIONS, 2, SACConfig(**common), settings, seed=SEED)
+    return SAC(DIMS, ACTIONS, 2, SACConfig(**common, initial_alpha=1.0), settings, seed=SEED)
 
 
 def uniform(update: int) -> torch.Tensor:

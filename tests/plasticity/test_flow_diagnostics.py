@@ -137,7 +137,7 @@ def critics() -> list[tuple[FlowCritic, tuple[bool, ...]]]:
     common = {"critic_width": 8, "actor_width": 8, "gamma": 0.99}
     agents = [
         (FlashSAC({"policy": 3}, 2, 1, FlashSACConfig(num_blocks=1, **common), settings), (False,)),
-        (SAC({"policy": 3}, 2, 1, SACConfig(**common), settings), ()),
+        (SAC({"policy": 3}, 2, 1, SACConfig(**common, initial_alpha=1.0), settings), ()),
     ]
     return [(agent.learner.critic, modes) for agent, modes in agents]
 

@@ -257,7 +257,7 @@ def test_a_primed_critic_is_ill_a_trained_one_is_not_and_a_reset_cures() -> None
     states = replay.observation["policy"][:1024], replay.action[:1024]
 
     def critic_after(updates: int, transitions: int) -> Patient:
-        config = SACConfig(critic_width=128, actor_width=128, gamma=0.99)
+        config = SACConfig(critic_width=128, actor_width=128, gamma=0.99, initial_alpha=1.0)
         agent = SAC({"policy": 11}, 3, 1, config, ScalarCriticConfig())
         for index in range(updates):
             rng = torch.Generator().manual_seed(index)

@@ -155,7 +155,7 @@ def _learner(
     actor_bounds, critic_bounds = NormBounds(actor, kernels), NormBounds(critic, kernels)
     actor_bounds.project()
     critic_bounds.project()
-    assert agent.target_rate is not None, "resolve the configuration first"
+    assert agent.target_rate is not None and agent.initial_alpha is not None, "resolve the configuration first"
     log_alpha = steps.log_alpha_of(agent.initial_alpha, actor)
     target_critic = copy.deepcopy(critic).requires_grad_(False)
     critic_loss: steps.Loss = update.flow_critic_loss if isinstance(critic, FlowCritic) else update.critic_loss
