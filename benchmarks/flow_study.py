@@ -15,7 +15,7 @@ the flow does better (errors: where it errs more). An effect size is the mean di
   ``--cost`` gives the time of an update of each kind instead, in any unit, as `rlplastic.bench what=update` told it.
 
 ``--diagnose`` diagnoses the runs whose directories are there (`rlplastic.diagnose_run`); ``diagnoses.csv`` keeps a row
-for each run, ``study.md`` has the tables, ``study.png`` the pictures.
+for each run, ``study.md`` has the tables, ``returns.png`` and ``study.png`` are the pictures.
 """
 
 from __future__ import annotations
@@ -28,12 +28,23 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from grid_results import COLOURS, Curve, Result, interval, number, read_results, read_table, replace_file, with_interval
+from grid_results import (
+    COLOURS,
+    Curve,
+    Result,
+    interval,
+    mean_curve,
+    number,
+    read_results,
+    read_table,
+    replace_file,
+    with_interval,
+)
 from rlplastic import diagnose_run
 from rlplastic.diagnosis import Report
 from rlplastic.errors import RlplasticError
@@ -64,13 +75,20 @@ class Arm(NamedTuple):
 
 
 def arms_of(results: Sequence[Result]) -> list[Arm]:
-    """By task, group and kind, in the order of the results."""
+    """Tasks in the order of the results, groups by their words and numbers, kinds in the order of `KINDS`."""
     found: dict[tuple[str, str, str], dict[int, Result]] = {}
     for result in results:
         group, _, kind = result.arm.rpartition("_")
         key = (result.task, group, kind) if kind in KINDS else (result.task, "", result.arm)
         found.setdefault(key, {})[result.seed] = result
-    return [Arm(*key, runs) for key, runs in found.items()]
+    tasks = list(dict.fromkeys(task for task, _, _ in found))
+    kinds = {kind: place for place, kind in enumerate(KINDS)}
+
+    def place(arm: Arm) -> tuple[Any, ...]:
+        words = [(word.isdigit(), int(word) if word.isdigit() else word) for word in arm.group.split("_")]
+        return tasks.index(arm.task), words, kinds.get(arm.kind, len(kinds)), arm.kind
+
+    return sorted((Arm(*key, runs) for key, runs in found.items()), key=place)
 
 
 def flow_of(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
@@ -257,7 +275,37 @@ def diagnoses_table(arms: Sequence[Arm], diagnoses: Mapping[str, Mapping[str, fl
     return lines
 
 
-# The picture
+# The pictures
+
+
+def draw_returns(directory: Path, arms: Sequence[Arm], path: Path) -> None:
+    """A panel for each task and group: every kind's mean learning curve with its interval, on one scale a task."""
+    groups = list(dict.fromkeys(arm[:2] for arm in arms))
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
+    figure = Figure(figsize=(0.6 + 3.4 * columns, 0.4 + 2.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for (task, group), panel in zip(groups, panels, strict=False):
+        means = []
+        for arm in arms:
+            if arm.task != task:
+                continue
+            x, mean, width = mean_curve(list(curves_of(directory, arm).values()))
+            means.append(mean)
+            if arm.group == group:
+                colour = COLOURS[KINDS.index(arm.kind) if arm.kind in KINDS else len(KINDS)]
+                panel.plot(x, mean, ".-", color=colour, label=f"{arm.kind} ({len(arm.runs)})")
+                panel.fill_between(x, mean - width, mean + width, color=colour, alpha=0.15, linewidth=0)
+        low, high = float(np.min(np.concatenate(means))), float(np.max(np.concatenate(means)))
+        panel.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        panel.set_title(f"{task} {group}".strip(), fontsize=9)
+        panel.grid(alpha=0.3)
+    for panel in list(panels):
+        panel.set_axis_off()
+    figure.axes[0].legend(fontsize=8)
+    figure.supxlabel("environment transitions", fontsize=9)
+    figure.supylabel("evaluation return, mean and 95 % interval", fontsize=9)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def draw(arms: Sequence[Arm], diagnoses: Mapping[str, Mapping[str, float]], path: Path) -> None:
@@ -274,14 +322,13 @@ def draw(arms: Sequence[Arm], diagnoses: Mapping[str, Mapping[str, float]], path
     size = (2 + 3 * len(panels), (0.8 + 0.2 * most) * len(tasks))
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(tasks), len(panels), squeeze=False, sharey="row")
-    kinds = list(dict.fromkeys(arm.kind for arm in arms))
     for line, task in zip(grid, tasks, strict=True):
         here = [arm for arm in arms if arm.task == task]
         for panel, (name, of) in zip(line, panels.items(), strict=True):
             for place, arm in enumerate(here):
                 values = list(of(arm).values())
                 if values:
-                    colour = COLOURS[kinds.index(arm.kind) % len(COLOURS)]
+                    colour = COLOURS[KINDS.index(arm.kind) if arm.kind in KINDS else len(KINDS)]
                     mean, width = interval(values)
                     panel.errorbar(mean, place, xerr=width, fmt="o", color=colour, capsize=3, markersize=4)
                     panel.plot(values, [place] * len(values), "|", color=colour, alpha=0.6)
@@ -293,7 +340,7 @@ def draw(arms: Sequence[Arm], diagnoses: Mapping[str, Mapping[str, float]], path
 
 
 def study(directory: Path, cost: Mapping[str, float]) -> str:
-    """Write ``study.md`` and ``study.png``; returns the former's text."""
+    """Write ``study.md`` and its pictures; returns its text."""
     results = [result for result in read_results(directory / "results.csv").values() if result.complete]
     arms = arms_of(results)
     diagnoses = read_diagnoses(directory / "diagnoses.csv")
@@ -306,8 +353,9 @@ def study(directory: Path, cost: Mapping[str, float]) -> str:
     lines += [*equal_cost_table(directory, arms, cost), "", "## Diagnoses at the end", ""]
     lines += [f"{len(diagnoses)} of these runs were diagnosed, on {ROWS} transitions, with {STEPS} updates of copies."]
     lines += diagnoses_table(arms, diagnoses) if diagnoses else []
-    text = "\n".join([*lines, "", "![arms](study.png)"]) + "\n"
+    text = "\n".join([*lines, "", "![learning curves](returns.png)", "", "![arms](study.png)"]) + "\n"
     replace_file(directory / "study.md", text)
+    draw_returns(directory, arms, directory / "returns.png")
     draw(arms, diagnoses, directory / "study.png")
     return text
 

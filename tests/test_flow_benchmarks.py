@@ -99,7 +99,7 @@ def made_grid(study: ModuleType, folder: Path) -> Path:
     """Flow and scalar at two replay ratios: returns rise to 100 and 50 over 400 steps, flow at thrice the cost."""
     grid_results = importlib.import_module("grid_results")
     (folder / "curves").mkdir(parents=True)
-    for ratio in (1, 4):
+    for ratio in (16, 4):
         for kind, height, seconds in (("flow", 100.0, 30.0), ("scalar", 50.0, 10.0)):
             for seed in range(2):
                 arm = f"plain_{ratio}_{kind}"
@@ -122,7 +122,14 @@ def test_kinds_are_compared_within_their_group_paired_by_seed(study: ModuleType,
     assert float(returns[8]) == pytest.approx(102 / 52, abs=0.01)
     assert float(returns[9]) == pytest.approx(400 / (400 * 52 / 102), abs=0.01)
     assert cost[3] == "1.00" and cost[5].startswith("-18")  # a third of the flow's way, 34, against 52
-    assert (folder / "study.png").stat().st_size > 1000 and "0 of these runs were diagnosed" in text
+    assert all((folder / name).stat().st_size > 1000 for name in ("study.png", "returns.png"))
+    assert "0 of these runs were diagnosed" in text
+    rows = [
+        line.split("|")[2:4] for line in text.split("## Returns at equal cost")[0].splitlines() if "| plain_" in line
+    ]
+    assert [f"{group.strip()} {kind.strip()}" for group, kind in rows] == [
+        f"plain_{ratio} {kind}" for ratio in (4, 16) for kind in ("flow", "scalar")
+    ]
     given = study.study(folder, {"flow": 1.0, "scalar": 1.0})
     line = next(line for line in given.splitlines() if line.startswith("| pendulum | plain_4 | scalar | 1.00"))
     assert line.split("|")[-2].strip().startswith("50"), "at equal cost of an update both are through"
