@@ -294,11 +294,12 @@ def draw_returns(directory: Path, arms: Sequence[Arm], path: Path) -> None:
             means.append(mean)
             if arm.group == group:
                 colour = COLOURS[KINDS.index(arm.kind) if arm.kind in KINDS else len(KINDS)]
-                panel.plot(x, mean, ".-", color=colour, label=f"{arm.kind} ({len(arm.runs)})")
+                panel.plot(x, mean, ".-", color=colour, label=arm.kind)
                 panel.fill_between(x, mean - width, mean + width, color=colour, alpha=0.15, linewidth=0)
         low, high = float(np.min(np.concatenate(means))), float(np.max(np.concatenate(means)))
         panel.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-        panel.set_title(f"{task} {group}".strip(), fontsize=9)
+        seeds = max(len(arm.runs) for arm in arms if arm[:2] == (task, group))
+        panel.set_title(f"{task} {group}".strip() + f", {seeds} seeds", fontsize=9)
         panel.grid(alpha=0.3)
     for panel in list(panels):
         panel.set_axis_off()
