@@ -37,6 +37,7 @@ from grid_results import (
     COLOURS,
     Curve,
     Result,
+    fit_height,
     interval,
     mean_curve,
     number,
@@ -82,13 +83,23 @@ def arms_of(results: Sequence[Result]) -> list[Arm]:
         key = (result.task, group, kind) if kind in KINDS else (result.task, "", result.arm)
         found.setdefault(key, {})[result.seed] = result
     tasks = list(dict.fromkeys(task for task, _, _ in found))
-    kinds = {kind: place for place, kind in enumerate(KINDS)}
 
     def place(arm: Arm) -> tuple[Any, ...]:
         words = [(word.isdigit(), int(word) if word.isdigit() else word) for word in arm.group.split("_")]
-        return tasks.index(arm.task), words, kinds.get(arm.kind, len(kinds)), arm.kind
+        return tasks.index(arm.task), words, place_of(arm.kind)
 
     return sorted((Arm(*key, runs) for key, runs in found.items()), key=place)
+
+
+def place_of(kind: str) -> tuple[int, str]:
+    """`KINDS` first, in their order, then others by name."""
+    return (KINDS.index(kind) if kind in KINDS else len(KINDS)), kind
+
+
+def colours_of(arms: Sequence[Arm]) -> dict[str, str]:
+    """A colour for each kind, in the order of `place_of`."""
+    kinds = sorted({arm.kind for arm in arms}, key=place_of)
+    return {kind: COLOURS[place % len(COLOURS)] for place, kind in enumerate(kinds)}
 
 
 def flow_of(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
@@ -281,25 +292,20 @@ def diagnoses_table(arms: Sequence[Arm], diagnoses: Mapping[str, Mapping[str, fl
 def draw_returns(directory: Path, arms: Sequence[Arm], path: Path) -> None:
     """A panel for each task and group: every kind's mean learning curve with its interval, on one scale a task."""
     groups = list(dict.fromkeys(arm[:2] for arm in arms))
+    means = {arm[:3]: mean_curve(list(curves_of(directory, arm).values())) for arm in arms}
+    colours = colours_of(arms)
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
     figure = Figure(figsize=(0.6 + 3.4 * columns, 0.4 + 2.4 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for (task, group), panel in zip(groups, panels, strict=False):
-        means = []
-        for arm in arms:
-            if arm.task != task:
-                continue
-            x, mean, width = mean_curve(list(curves_of(directory, arm).values()))
-            means.append(mean)
-            if arm.group == group:
-                colour = COLOURS[KINDS.index(arm.kind) if arm.kind in KINDS else len(KINDS)]
-                panel.plot(x, mean, ".-", color=colour, label=arm.kind)
-                panel.fill_between(x, mean - width, mean + width, color=colour, alpha=0.15, linewidth=0)
-        low, high = float(np.min(np.concatenate(means))), float(np.max(np.concatenate(means)))
-        panel.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-        seeds = max(len(arm.runs) for arm in arms if arm[:2] == (task, group))
-        panel.set_title(f"{task} {group}".strip() + f", {seeds} seeds", fontsize=9)
+        here = [arm for arm in arms if arm[:2] == (task, group)]
+        for arm in here:
+            x, mean, width = means[arm[:3]]
+            panel.plot(x, mean, ".-", color=colours[arm.kind], label=arm.kind)
+            panel.fill_between(x, mean - width, mean + width, color=colours[arm.kind], alpha=0.15, linewidth=0)
+        fit_height(panel, [mean for key, (_, mean, _) in means.items() if key[0] == task])
+        panel.set_title(f"{task} {group}".strip() + f", {max(len(arm.runs) for arm in here)} seeds", fontsize=9)
         panel.grid(alpha=0.3)
     for panel in list(panels):
         panel.set_axis_off()
@@ -323,13 +329,14 @@ def draw(arms: Sequence[Arm], diagnoses: Mapping[str, Mapping[str, float]], path
     size = (2 + 3 * len(panels), (0.8 + 0.2 * most) * len(tasks))
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(tasks), len(panels), squeeze=False, sharey="row")
+    colours = colours_of(arms)
     for line, task in zip(grid, tasks, strict=True):
         here = [arm for arm in arms if arm.task == task]
         for panel, (name, of) in zip(line, panels.items(), strict=True):
             for place, arm in enumerate(here):
                 values = list(of(arm).values())
                 if values:
-                    colour = COLOURS[KINDS.index(arm.kind) if arm.kind in KINDS else len(KINDS)]
+                    colour = colours[arm.kind]
                     mean, width = interval(values)
                     panel.errorbar(mean, place, xerr=width, fmt="o", color=colour, capsize=3, markersize=4)
                     panel.plot(values, [place] * len(values), "|", color=colour, alpha=0.6)

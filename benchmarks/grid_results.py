@@ -361,9 +361,7 @@ def plot(directory: Path, title: str, axis: str, results: Iterable[Result]) -> P
         if shown and task in floor:
             shown.append(_draw_random(panel, *floor[task]))
         if shown:
-            low, high = float(np.min(np.concatenate(shown))), float(np.max(np.concatenate(shown)))
-            margin = 0.05 * (high - low) or 1.0
-            panel.set_ylim(low - margin, high + margin)
+            fit_height(panel, shown)
         panel.set(title=task, xlabel=AXES[axis])
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
         panel.grid(alpha=0.3)
@@ -381,6 +379,13 @@ def plot(directory: Path, title: str, axis: str, results: Iterable[Result]) -> P
 def number(value: float) -> str:
     """Four significant digits below a thousand, whole numbers above, and never an exponent for large ones."""
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def fit_height(panel: Axes, shown: Sequence[NDArray[np.float64]]) -> None:
+    """Let a panel's vertical axis hold these curves, with a margin, and nothing of their bands beyond."""
+    low, high = float(np.min(np.concatenate(shown))), float(np.max(np.concatenate(shown)))
+    margin = 0.05 * (high - low) or 1.0
+    panel.set_ylim(low - margin, high + margin)
 
 
 def with_interval(mean: float, half_width: float) -> str:

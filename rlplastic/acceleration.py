@@ -60,8 +60,8 @@ def compiled(gradient: Gradient, proven: bool = False) -> Gradient:
     have other depths.
 
     What was compiled is found again by the next process on this machine (torch's caches, which are keyed by what was
-    traced). By default they leave out whatever holds a custom autograd function, as our losses do: a second start took
-    19 seconds for the first two updates on two cores, and takes 11 with them.
+    traced). By default they leave out whatever holds a custom autograd function, as FlashSAC's losses do: a second
+    start took 19 seconds for the first two updates on two cores, and takes 11 with them.
     """
     import torch._dynamo.config  # here, since this loads the compiler: two seconds and 90 MB
 

@@ -135,6 +135,12 @@ def test_kinds_are_compared_within_their_group_paired_by_seed(study: ModuleType,
     assert line.split("|")[-2].strip().startswith("50"), "at equal cost of an update both are through"
 
 
+def test_every_kind_has_a_colour_of_its_own(study: ModuleType) -> None:
+    arms = [study.Arm("pendulum", "", kind, {}) for kind in ("steps_8", "scalar", "endpoint", "flow", "steps_1")]
+    colours = study.colours_of(arms)
+    assert list(colours) == ["flow", "scalar", "endpoint", "steps_1", "steps_8"] and len(set(colours.values())) == 5
+
+
 def test_diagnoses_are_kept_and_tabulated(study: ModuleType, tmp_path: Path) -> None:
     folder = made_grid(study, tmp_path / "grid")
     errors = {"flow": 2, "scalar": 5}
